@@ -1,0 +1,3 @@
+"""genkit-eval: generate with several guidances on the same seeds, score them, report."""
+
+from __future__ import annotations

@@ -1,0 +1,137 @@
+"""The ``genkit-eval`` command. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genkit_eval.errors import InputError
+
+app = typer.Typer(
+    name="genkit-eval",
+    help="Generate images with several guidances on the same seeds, score them, and report.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option(help="Folder of the run. An unfinished or smaller run in it goes on where it was.")]
+Samples = Annotated[int, typer.Option(help="Images per guidance.")]
+Steps = Annotated[int, typer.Option(help="Sampler steps.")]
+Replicates = Annotated[int, typer.Option(help="Bootstrap resamples for the intervals; 0 for none.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what another run left in --out.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from genkit_eval.provenance import genkit_version
+
+        typer.echo(f"genkit-eval {genkit_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Generate images with several guidances on the same seeds, score them, and report."""
+
+
+@app.command()
+def run(
+    guidance: Annotated[
+        list[str], typer.Option(help="Guidance expression, e.g. 'Interval(APG(4.0), 0.28, 5.42)'. Repeat for several.")
+    ],
+    out: Out,
+    model: Annotated[str, typer.Option(help="Built-in name or path to a .safetensors checkpoint.")] = "builtin/cifar10",
+    num_samples: Samples = 2000,
+    sampler: Annotated[str, typer.Option(help="Sampler name or expression.")] = "heun",
+    steps: Steps = 18,
+    seed: Annotated[int, typer.Option(help="Image k has seed SEED + k.")] = 0,
+    labels: Annotated[
+        str, typer.Option(help="Class of image k: 'balanced' (k mod C) or 'random' (hash of seed and k).")
+    ] = "balanced",
+    block_size: Annotated[int, typer.Option(help="Images generated at once and stored together.")] = 50,
+    extractor: Annotated[str, typer.Option(help="Feature network.")] = "builtin/cifar10",
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference statistics (.safetensors); default: the extractor's own.")
+    ] = None,
+    bootstrap: Replicates = 200,
+    device: Annotated[str, typer.Option(help="Where the networks run: cpu, cuda, ...")] = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Generate, score and report one or more guidances."""
+    from genkit_eval.command import RunOptions, execute
+
+    execute(
+        RunOptions(
+            guidance,
+            out,
+            model,
+            num_samples,
+            sampler,
+            steps,
+            seed,
+            labels,
+            block_size,
+            extractor,
+            reference,
+            bootstrap,
+            device,
+            overwrite,
+        )
+    )
+
+
+@app.command()
+def quickstart(
+    out: Out = Path("runs/quickstart"),
+    num_samples: Samples = 400,
+    steps: Steps = 18,
+    bootstrap: Replicates = 200,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare five guidances of one strength with the built-in model: a few minutes on two cores, no download."""
+    from genkit_eval.command import QUICKSTART, RunOptions, execute
+
+    execute(RunOptions(list(QUICKSTART), out, num_samples=num_samples, steps=steps, bootstrap=bootstrap, overwrite=overwrite))
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'genkit-eval run'.")]) -> None:
+    """Rebuild report.html of finished runs from their results.json."""
+    from genkit_eval.report.build import build_report
+
+    for folder in runs:
+        typer.echo(f"report: {build_report(folder)}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: exit code 0 when done, 2 for input that does not work (one line says what would), 130 when interrupted."""
+    sys.exit(invoke(sys.argv[1:] if args is None else args))
+
+
+def invoke(args: list[str]) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        outcome: Any = typer.main.get_command(app).main(args, prog_name="genkit-eval", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except (InputError, KeyboardInterrupt) as error:
+        return _fail(str(error), 2) if isinstance(error, InputError) else _fail("interrupted", 130)
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        # typer's usage errors: their base class has moved between versions, this method has not.
+        if not hasattr(error, "format_message"):
+            raise
+        text = error.format_message()
+        return _fail(text, 2) if text else 2
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"genkit-eval: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,145 @@
+"""What ``genkit-eval run`` does between reading its options and printing the table."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from genkit_eval import provenance
+from genkit_eval.errors import InputError
+from genkit_eval.extractors import load_extractor
+from genkit_eval.files import check_writable
+from genkit_eval.labels import LABEL_RULES
+from genkit_eval.protocols import Pipeline
+from genkit_eval.reference import load_reference
+from genkit_eval.run import Request, blocks_done, compare_sheet, make_config, run
+from genkit_eval.score import Bootstrap
+from genkit_eval.table import text_table
+
+#: Five guidances of one strength, for a first look. The interval is the one that Kynkaanniemi et al. 2024 use for ImageNet-512.
+QUICKSTART = ("none", "CFG(3.0)", "Interval(CFG(3.0), 0.28, 5.42)", "APG(3.0)", "Interval(Adaptive(CFG(3.0)), 0.28, 5.42)")
+SEED_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of ``genkit-eval run``, as typed."""
+
+    guidance: list[str]
+    out: Path
+    model: str = "builtin/cifar10"
+    num_samples: int = 2000
+    sampler: str = "heun"
+    steps: int = 18
+    seed: int = 0
+    labels: str = "balanced"
+    block_size: int = 50
+    extractor: str = "builtin/cifar10"
+    reference: Path | None = None
+    bootstrap: int = 200
+    device: str = "cpu"
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """InputError for a number out of range or an unknown rule."""
+        _at_least("--steps", self.steps, 1)
+        _at_least("--block-size", self.block_size, 1)
+        _at_least("--bootstrap", self.bootstrap, 0)
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise InputError("--seed", f"got {self.seed}; 0 to {SEED_LIMIT - 1} works")
+        if self.bootstrap == 1:
+            raise InputError("--bootstrap", "got 1; an interval needs at least 2 resamples, 200 is usual, 0 is none")
+        if self.labels not in LABEL_RULES:
+            raise InputError("--labels", f"got {self.labels!r}; one of {', '.join(LABEL_RULES)} works")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(option, f"got {value}; {least} or more works")
+
+
+def parse_guidances(texts: list[str]) -> tuple[tuple[str, Any], ...]:
+    """(text, object) pairs; the text is parsed into registered classes and never run. InputError for anything else."""
+    from genkit.guidance import parse
+
+    found = []
+    for text in texts:
+        try:
+            found.append((" ".join(text.split()), parse(text)))
+        except ValueError as error:
+            raise InputError("--guidance", str(error)) from None
+    return tuple(found)
+
+
+def check_sampler(text: str) -> None:
+    """InputError for a sampler that is not known."""
+    from genkit.samplers.diffusion import find_sampler
+
+    try:
+        find_sampler(text)
+    except ValueError as error:
+        raise InputError("--sampler", str(error)) from None
+
+
+def check_device(device: str) -> None:
+    """InputError for a device that torch does not have."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError("--device", f"{device!r} cannot be used here ({str(error).splitlines()[0]}); cpu works") from None
+
+
+def load_pipeline(model: str, device: str) -> Pipeline:
+    """The pipeline; InputError when there is none under that name or its weights are damaged."""
+    import genkit
+
+    try:
+        pipe: Pipeline = genkit.load(model, device=device)
+    except (OSError, ValueError) as error:
+        raise InputError("--model", str(error)) from None
+    return pipe
+
+
+def execute(options: RunOptions) -> None:
+    """Check every option, then run, print the table and write the report. Ctrl-C says how to go on and exits with 130."""
+    options.check()
+    guidances = parse_guidances(options.guidance)
+    bootstrap = Bootstrap(options.bootstrap)
+    request = Request(guidances, options.num_samples, options.out, bootstrap, options.overwrite, True, options.device)
+    check_sampler(options.sampler)
+    check_device(options.device)
+    check_writable(options.out)
+    extractor = load_extractor(options.extractor, options.device)
+    reference = load_reference(options.reference, extractor)
+    pipe = load_pipeline(options.model, options.device)
+    config = make_config(pipe, extractor, options.sampler, options.steps, options.seed, options.labels, options.block_size)
+    try:
+        if not options.overwrite:
+            done, total = blocks_done(config, request)
+            if done:
+                print(f"{done} of {total} blocks are there already", file=sys.stderr)
+        found = run(pipe, extractor, reference, config, request)
+        finish(options.out, found)
+    except KeyboardInterrupt:
+        done, total = blocks_done(config, request)
+        again = provenance.command(extra_remove=("--overwrite",))
+        print(f"\ninterrupted: {done} of {total} blocks are finished and kept. Go on with:\n  {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def finish(out: Path, found: dict[str, Any]) -> None:
+    """Write the comparison sheet and the report, and print the table."""
+    from genkit_eval.report.build import build_report
+
+    compare_sheet(out, found)
+    page = build_report(out)
+    print(text_table(found))
+    for warning in found["warnings"]:
+        print(f"note: {warning}")
+    print(f"\nreport:  {page}\nresults: {out / 'results.json'}")

@@ -1,0 +1,11 @@
+"""The one error a user sees as a line of text."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave does not work: ``option`` is what to change, the message says what came and what would work."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(f"{option}: {message}")
+        self.option = option

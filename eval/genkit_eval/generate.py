@@ -1,0 +1,80 @@
+"""Generation of blocks: image k is a function of model, guidance, sampler, seed k and class k."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from genkit_eval.blocks import Block, BlockStore
+from genkit_eval.config import RunConfig
+from genkit_eval.extractors import Extractor
+from genkit_eval.labels import labels_of
+from genkit_eval.protocols import Pipeline
+
+
+def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunConfig, indices: range) -> Block:
+    """Generate the images ``indices`` and extract their features; seed k is ``config.seed + k``.
+
+    Raises ValueError when the model yields images whose features are not finite.
+    """
+    labels = labels_of(indices, pipe.num_classes, config.labels, config.seed)
+    seeds = [config.seed + k for k in indices]
+    first = indices.start == 0
+    wall, cpu = time.perf_counter(), time.process_time()
+    trace = "full" if first else "none"
+    out = pipe(classes=labels, seeds=seeds, guidance=guidance, sampler=config.sampler, steps=config.steps, trace=trace)
+    pixels = out.pixels.cpu()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    features = extractor(pixels)
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(
+            f"features of images {indices.start} to {indices.stop - 1} are not finite: the model or the guidance diverged"
+        )
+    return Block(
+        features,
+        pixels,
+        torch.tensor(labels),
+        torch.tensor([int(n) for n in out.nfe]),
+        wall,
+        cpu,
+        int(out.calls),
+        _plain_rows(out.trace.rows, len(labels)) if first else [],
+    )
+
+
+def _plain_rows(rows: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
+    """Trace rows as JSON can hold them, with the number of images they were averaged over."""
+    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    return [{**row, "images": images} for row in finite]
+
+
+def block_ranges(total: int, size: int) -> list[range]:
+    """Image indices of each block; the last may be shorter."""
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def fill(
+    pipe: Pipeline,
+    guidance: Any,
+    extractor: Extractor,
+    config: RunConfig,
+    store: BlockStore,
+    total: int,
+    advance: Callable[[int], object],
+) -> int:
+    """Make every block of the first ``total`` images that is not stored yet; returns how many were made.
+
+    ``advance(n)`` is called as n more images are there. A block is stored before the next is begun, so the finished
+    ones stay whatever stops the run.
+    """
+    made = 0
+    for index, indices in enumerate(block_ranges(total, config.block_size)):
+        if not store.done(index, len(indices)):
+            store.write(index, make_block(pipe, guidance, extractor, config, indices))
+            made += 1
+        advance(len(indices))
+    return made

@@ -1,0 +1,51 @@
+"""What genkit-eval asks of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class TraceLike(Protocol):
+    """A per-step table: one dict for each guided evaluation."""
+
+    rows: list[dict[str, Any]]
+
+
+class OutputLike(Protocol):
+    """What one call of a pipeline returns."""
+
+    nfe: list[int]
+    calls: int
+    trace: Any
+
+    @property
+    def pixels(self) -> Tensor:
+        """uint8 (B, 3, H, W)."""
+
+
+class Pipeline(Protocol):
+    """Makes one image per class and seed; image k must depend on its own class and seed alone."""
+
+    name: str
+    fingerprint: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    def __call__(
+        self,
+        classes: Sequence[int | str],
+        seeds: Sequence[int],
+        guidance: Any,
+        *,
+        sampler: str,
+        steps: int,
+        trace: Any,
+    ) -> Any:
+        """Generate; returns an ``OutputLike``."""

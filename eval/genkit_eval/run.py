@@ -1,0 +1,212 @@
+"""One run: for each guidance, make the missing blocks, score them, write what is known so far."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from genkit_eval import provenance, results
+from genkit_eval.blocks import Block, BlockStore
+from genkit_eval.config import RunConfig, differences, slug
+from genkit_eval.errors import InputError
+from genkit_eval.extractors import Extractor
+from genkit_eval.files import check_writable, read_json, write_bytes, write_json
+from genkit_eval.generate import block_ranges, fill
+from genkit_eval.labels import LABEL_RULES
+from genkit_eval.metrics import METRICS
+from genkit_eval.protocols import Pipeline
+from genkit_eval.reference import Reference
+from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
+from genkit_eval.score import MIN_SAMPLES, Bootstrap, cost, score
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run: guidances as (text as typed, object), the sample count, where to, and how to score."""
+
+    guidances: tuple[tuple[str, Any], ...]
+    num_samples: int
+    out: Path
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    overwrite: bool = False
+    progress: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.num_samples < MIN_SAMPLES:
+            raise InputError("--num-samples", f"got {self.num_samples}; at least {MIN_SAMPLES} works")
+        if not self.guidances:
+            raise InputError("--guidance", "none given; for example --guidance 'CFG(3.0)'")
+        seen: dict[str, str] = {}
+        for text, guidance in self.guidances:
+            if repr(guidance) in seen:
+                raise InputError("--guidance", f"{text} is given twice (also as {seen[repr(guidance)]})")
+            seen[repr(guidance)] = text
+
+
+def make_config(
+    pipe: Pipeline, extractor: Extractor, sampler: str, steps: int, seed: int, labels: str, block_size: int
+) -> RunConfig:
+    """The configuration that a run's blocks are stamped with."""
+    from genkit.pipelines.images import UINT8_RULE
+
+    return RunConfig(
+        model=pipe.name,
+        model_sha256=pipe.fingerprint,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+        labels=labels,
+        block_size=block_size,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        resize=extractor.resize,
+        uint8_rule=UINT8_RULE,
+        genkit=provenance.genkit_version(),
+    )
+
+
+def prepare_folder(out: Path, config: RunConfig, overwrite: bool) -> None:
+    """Claim ``out`` for ``config``; InputError when it cannot be written or holds a different run and ``overwrite`` is off."""
+    check_writable(out)
+    path = out / results.CONFIG
+    if path.exists() and not overwrite:
+        found = differences(read_json(path, "--out"), config.as_dict())
+        if found:
+            raise InputError("--out", f"{out} holds another run: {'; '.join(found)}. Choose another folder, or --overwrite")
+    if overwrite:
+        for file in (results.RESULTS, results.CONFIG, "report.html"):
+            (out / file).unlink(missing_ok=True)
+        for folder in out.glob("*/blocks"):
+            BlockStore(folder, "").clean(everything=True)
+    write_json(path, config.as_dict())
+
+
+def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
+    """Everything a results file says beside the numbers."""
+    known = config.as_dict()
+    keys = ("model", "model_sha256", "sampler", "steps", "seed", "block_size", "uint8_rule")
+    return {
+        "date": provenance.now(),
+        "command": provenance.command(),
+        "versions": provenance.versions(),
+        "git": provenance.git_commit(),
+        "hardware": provenance.hardware(request.device),
+        "generation": {
+            **{key: known[key] for key in keys},
+            "seed_rule": f"seed of image k = {config.seed} + k",
+            "labels": config.labels,
+            "label_rule": LABEL_RULES[config.labels],
+            "class_names": list(pipe.class_names),
+            "image_shape": list(pipe.image_shape),
+        },
+        "extractor": {"name": extractor.name, "label": extractor.label, "sha256": extractor.sha256, "resize": extractor.resize},
+        "reference": reference.as_dict(),
+        "bootstrap": request.bootstrap.as_dict(),
+    }
+
+
+def _scored(
+    folder: Path, block: Block, stamp: str, reference: Reference, extractor: Extractor, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Scores from the folder if they belong to exactly these images and settings, else computed and stored."""
+    protocol = [stamp, len(block), reference.sha256, repr(bootstrap), sorted((n, s.variant) for n, s in METRICS.items())]
+    key = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()
+    path = folder / results.SCORES
+    if path.exists():
+        try:
+            stored: dict[str, Any] = read_json(path, "--out")
+        except InputError:
+            stored = {}
+        if stored.get("key") == key:
+            metrics: dict[str, Any] = stored["metrics"]
+            return metrics
+    metrics = score(block, reference, extractor.label, bootstrap)
+    write_json(path, {"key": key, "metrics": metrics})
+    return metrics
+
+
+def run_one(
+    pipe: Pipeline,
+    extractor: Extractor,
+    reference: Reference,
+    config: RunConfig,
+    request: Request,
+    guidance: tuple[str, Any],
+    bar: Any,
+) -> dict[str, Any]:
+    """Make, score and describe one guidance; returns its entry of the results."""
+    text, rule = guidance
+    name, stamp = slug(repr(rule)), config.hash(repr(rule))
+    folder = request.out / name
+    store = BlockStore(folder / "blocks", stamp)
+    store.clean()
+    bar.set_description(f"{text}: images")
+    fill(pipe, rule, extractor, config, store, request.num_samples, bar.update)
+    bar.set_description(f"{text}: metrics")
+    block = store.read_all(request.num_samples, config.block_size)
+    metrics = _scored(folder, block, stamp, reference, extractor, request.bootstrap)
+    write_bytes(folder / "grid.png", png_bytes(class_grid(block.pixels, block.labels.tolist(), pipe.class_names)))
+    return {
+        "label": text,
+        "guidance": repr(rule),
+        "slug": name,
+        "config_sha256": stamp,
+        "n": len(block),
+        "metrics": {key: {k: v for k, v in metric.items() if k != "replicates"} for key, metric in metrics.items()},
+        "cost": cost(block),
+        "trace": block.trace,
+        "grid": f"{name}/grid.png",
+    }
+
+
+def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
+    """Do what ``request`` asks and return the results, which are also in ``<out>/results.json``.
+
+    After each guidance the file is replaced, with status "partial" until the last. Guidances that an earlier command put into the
+    same folder stay in it. Blocks that exist are not made again, so a run that was stopped goes on where it was.
+    Raises InputError for a folder that cannot be used, and for a guidance that the model refuses (naming it).
+    """
+    prepare_folder(request.out, config, request.overwrite)
+    about = header(pipe, extractor, reference, config, request)
+    entries = results.earlier_entries(request.out)
+    found: dict[str, Any] = {}
+    total = len(request.guidances) * request.num_samples
+    with tqdm(total=total, unit="img", file=sys.stderr, disable=not request.progress, dynamic_ncols=True) as bar:
+        for number, guidance in enumerate(request.guidances, start=1):
+            try:
+                entry = run_one(pipe, extractor, reference, config, request, guidance, bar)
+            except InputError:
+                raise
+            except ValueError as error:
+                raise InputError(f"--guidance {guidance[0]!r}", str(error)) from error
+            except OSError as error:
+                raise InputError("--out", f"cannot write in {request.out} ({error.strerror or error})") from error
+            entries = results.replace_entry(entries, entry)
+            found = results.write_results(request.out, about, entries, complete=number == len(request.guidances))
+    return found
+
+
+def blocks_done(config: RunConfig, request: Request) -> tuple[int, int]:
+    """How many of the blocks that ``request`` needs are finished, and how many there are."""
+    ranges = block_ranges(request.num_samples, config.block_size)
+    stores = [BlockStore(request.out / slug(repr(g)) / "blocks", config.hash(repr(g))) for _, g in request.guidances]
+    done = sum(store.done(i, len(indices)) for store in stores for i, indices in enumerate(ranges))
+    return done, len(stores) * len(ranges)
+
+
+def compare_sheet(out: Path, found: dict[str, Any]) -> None:
+    """Write ``compare.png``: the first images of every guidance, one row each, so that a column differs in guidance only."""
+    rows = []
+    for entry in found["guidances"]:
+        store = BlockStore(out / entry["slug"] / "blocks", entry["config_sha256"])
+        if store.done(0, 1):
+            rows.append((entry["label"], store.read(0).pixels))
+    if rows:
+        write_bytes(out / "compare.png", png_bytes(same_seeds(rows)))

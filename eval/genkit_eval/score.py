@@ -1,0 +1,84 @@
+"""Metrics of one guidance's images, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit_eval.blocks import Block
+from genkit_eval.metrics import METRICS, Pair, Sample
+from genkit_eval.metrics.counts import draw_counts, interval
+from genkit_eval.reference import Reference
+
+LEVEL = 0.95
+# Extra digits would only make the file longer: replicates serve intervals of differences.
+REPLICATE_DIGITS = 9
+MIN_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Number of resamples (0 for none) and their seed."""
+
+    replicates: int = 200
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the results file."""
+        return {
+            "replicates": self.replicates,
+            "seed": self.seed,
+            "level": LEVEL,
+            "rule": "centred percentile; resamples shared between guidances, so differences are paired by seed and class",
+        }
+
+
+def score(block: Block, reference: Reference, label: str, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
+    """Every registered metric: value, protocol, sample counts, interval and its replicates.
+
+    ``label`` is the extractor's, for titles such as ``FD-CIFAR10``.
+    """
+    pair = Pair(reference.sample, Sample(block.features, block.pixels))
+    counts = draw_counts(len(pair.fake), len(pair.real), bootstrap.replicates, bootstrap.seed) if bootstrap.replicates else None
+    found = {}
+    for name, spec in METRICS.items():
+        value = spec.value(pair)
+        replicates = spec.replicates(pair, counts) if counts is not None else None
+        found[name] = {
+            "title": spec.title.format(extractor=label),
+            "variant": spec.variant,
+            "better": spec.better,
+            "value": value,
+            "interval": None if replicates is None else list(interval(value, replicates, LEVEL, spec.bounds)),
+            "interval_of": spec.interval_of,
+            "n_fake": len(pair.fake),
+            "n_real": None if spec.source == "pixels" else reference.num_images if spec.over_moments else len(pair.real),
+            "replicates": None if replicates is None else [float(f"{r:.{REPLICATE_DIGITS}g}") for r in replicates.tolist()],
+        }
+    return found
+
+
+def cost(block: Block) -> dict[str, Any]:
+    """Evaluations and seconds per image."""
+    nfe = block.nfe.double()
+    return {
+        "nfe_mean": float(nfe.mean()),
+        "nfe_min": int(nfe.min()),
+        "nfe_max": int(nfe.max()),
+        "calls": block.calls,
+        "seconds_wall": block.wall / len(block),
+        "seconds_cpu": block.cpu / len(block),
+    }
+
+
+def difference(scores: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any] | None:
+    """``value - baseline value`` with its paired interval; None where the two were not resampled alike."""
+    ours, theirs = scores.get("replicates"), baseline.get("replicates")
+    if ours is None or theirs is None or len(ours) != len(theirs) or scores["n_fake"] != baseline["n_fake"]:
+        return None
+    value = scores["value"] - baseline["value"]
+    deviations: Tensor = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    return {"value": value, "interval": list(interval(value, deviations, LEVEL))}

@@ -1,0 +1,213 @@
+"""Networks as denoisers, and ``Guided``: plan, one packed forward pass, combine, account."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from genkit.guidance.base import Branch, Guidance, Result, StepInfo
+from genkit.guidance.trace import Trace
+from genkit.noise import VE, Path
+
+Condition = Any
+"""What a denoiser is conditioned on: None, a tensor (B, ...), or a mapping of such tensors."""
+
+TraceLevel = Literal["none", "basic", "full"]
+
+
+class Denoiser(Protocol):
+    """``denoiser(x, sigma, condition) -> D``: the clean-image estimate at ``x`` (B, ...) with noise levels ``sigma`` (B,).
+
+    ``x`` is in the coordinates of ``path``.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, /) -> Tensor: ...
+
+
+class EDMDenoiser(nn.Module):
+    """``D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4, condition)`` (Karras et al. 2022, eq. 7 and table 1).
+
+    Args:
+        network: F, called with (c_in x, ln(sigma)/4, condition) in float32.
+        sigma_data: standard deviation of the data, in units of the image.
+    """
+
+    path: Path = VE
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        s = sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        total = s.square() + self.sigma_data**2
+        c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
+        f: Tensor = self.network((c_in * x).float(), sigma.float().log() / 4, condition)
+        return c_skip * x + c_out * f.to(x.dtype)
+
+
+class Ledger:
+    """Network evaluations of a run: ``calls`` (forward passes) and ``nfe`` (rows per sample, over all models)."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.calls, self._whole = batch, 0, 0
+        self._partial: Tensor | None = None
+
+    def count(self, branches: int, mask: Tensor | None = None) -> None:
+        """Add ``branches`` rows to every sample, or one row to the samples of ``mask``."""
+        if mask is None:
+            self._whole += branches
+        else:
+            self._partial = mask.long() if self._partial is None else self._partial + mask.long()
+
+    @property
+    def nfe(self) -> list[int]:
+        partial = [0] * self.batch if self._partial is None else self._partial.tolist()
+        return [self._whole + p for p in partial]
+
+
+class Guided:
+    """One run of a guidance over a batch: the only holder of run state.
+
+    Each call asks the guidance for its plan, evaluates exactly the planned rows (over branches and samples) in one forward
+    pass per model, lets the guidance combine them, and books rows, calls and a trace row.
+
+    Args:
+        denoiser: a denoiser, or several by model name; ``"main"`` is required.
+        guidance: any guidance object; it is not changed.
+        conditions: the condition of each name a plan may ask for, each for the whole batch. ``"cond"`` is required.
+        batch: number of samples.
+        trace: ``"full"`` also measures cosine and update norm, ``"none"`` keeps no trace.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser | Mapping[str, Denoiser],
+        guidance: Guidance,
+        conditions: Mapping[str, Condition],
+        batch: int,
+        trace: TraceLevel = "basic",
+    ) -> None:
+        self.models: dict[str, Denoiser] = dict(denoiser) if isinstance(denoiser, Mapping) else {"main": denoiser}
+        if trace not in ("none", "basic", "full"):
+            raise ValueError(f"trace={trace!r}: use 'none', 'basic' or 'full'")
+        self.guidance, self.conditions, self.batch = guidance, dict(conditions), batch
+        self.state = guidance.init(batch)
+        self.ledger, self.trace, self.level = Ledger(batch), Trace(), trace
+        self._packed: dict[tuple[Branch, ...], Condition] = {}
+
+    def __call__(self, info: StepInfo) -> Result:
+        branches = self.guidance.plan(info, self.state)
+        predictions = self.evaluate(info, branches)
+        result, self.state = self.guidance.combine(info, predictions, self.state)
+        if self.level != "none":
+            self._record(info, branches, predictions, result)
+        return result
+
+    def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
+        """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model."""
+        model = branches[0].model
+        if all(b.mask is None and b.model == model for b in branches):
+            return self._evaluate_whole(info, branches, model)
+        out: dict[str, Tensor] = {}
+        for model in dict.fromkeys(b.model for b in branches):
+            out.update(self._evaluate_rows(info, tuple(b for b in branches if b.model == model), model))
+        for b in branches:  # rows that were not asked for hold the conditional prediction
+            if b.mask is not None:
+                whole = out["cond"].clone()
+                whole[b.mask.to(whole.device)] = out[b.name]
+                out[b.name] = whole
+        return out
+
+    def _evaluate_whole(self, info: StepInfo, branches: tuple[Branch, ...], model: str) -> dict[str, Tensor]:
+        k = len(branches)
+        condition = self._packed.get(branches)
+        if condition is None:
+            condition = self._packed[branches] = _join([self._condition(b.condition) for b in branches])
+        denoised = self._forward(model, info, info.x if k == 1 else torch.cat([info.x] * k), condition)
+        self.ledger.count(k)
+        if k == 1:
+            return {branches[0].name: denoised}
+        return {b.name: part for b, part in zip(branches, denoised.split(self.batch), strict=True)}
+
+    def _evaluate_rows(self, info: StepInfo, branches: tuple[Branch, ...], model: str) -> dict[str, Tensor]:
+        x, conditions, sizes = [], [], []
+        for b in branches:
+            self.ledger.count(1, b.mask)
+            condition = self._condition(b.condition)
+            x.append(info.x if b.mask is None else info.x[b.mask.to(info.x.device)])
+            conditions.append(condition if b.mask is None else _rows(condition, b.mask))
+            sizes.append(len(x[-1]))
+        denoised = self._forward(model, info, torch.cat(x), _join(conditions))
+        return {b.name: part for b, part in zip(branches, denoised.split(sizes), strict=True)}
+
+    def _forward(self, model: str, info: StepInfo, x: Tensor, condition: Condition) -> Tensor:
+        if model not in self.models:
+            raise ValueError(f"the guidance asks for the model {model!r}; this run has {', '.join(self.models)}")
+        net = self.models[model]
+        sigma = info.s / info.alpha if info.alpha else math.inf
+        alpha = net.path(sigma)[0]
+        if not math.isclose(alpha, info.alpha, rel_tol=1e-12):  # the network lives on another path than the sampler
+            x = x * (alpha / info.alpha)
+        self.ledger.calls += 1
+        return net(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), condition)
+
+    def _condition(self, name: str) -> Condition:
+        if name not in self.conditions:
+            raise ValueError(
+                f"the guidance asks for the {name!r} branch, which this model does not have (it has {', '.join(self.conditions)})"
+            )
+        return self.conditions[name]
+
+    def _record(self, info: StepInfo, branches: tuple[Branch, ...], predictions: Mapping[str, Tensor], result: Result) -> None:
+        rows = sum(self.batch if b.mask is None else int(b.mask.sum()) for b in branches)
+        weight = 1.0 if len(branches) == 1 else self.guidance.weight(info)
+        names = "+".join([b.name for b in branches])
+        row = {
+            "batch": 0,
+            "step": info.index,
+            "stage": info.stage,
+            "sigma": info.sigma,
+            "weight": weight,
+            "branches": names,
+            "rows": rows,
+        }
+        row.update(result.stats)
+        if self.level == "full":
+            row.update(_measure(info, predictions, result))
+        self.trace.add(row)
+
+
+def _measure(info: StepInfo, predictions: Mapping[str, Tensor], result: Result) -> dict[str, float]:
+    out: dict[str, float] = {}
+    with torch.no_grad():  # statistics only
+        if "uncond" in predictions:
+            a, b = ((info.x - info.alpha * predictions[n]).flatten(1) for n in ("cond", "uncond"))
+            out["cosine"] = float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean())
+        out["update_norm"] = float(torch.linalg.vector_norm((result.denoised - predictions["cond"]).flatten(1), dim=1).mean())
+    return out
+
+
+def _join(parts: list[Condition]) -> Condition:
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, Mapping):
+        return {key: _join([p[key] for p in parts]) for key in first}
+    return torch.cat(parts)
+
+
+def _rows(condition: Condition, mask: Tensor) -> Condition:
+    if condition is None:
+        return None
+    if isinstance(condition, Mapping):
+        return {key: _rows(value, mask) for key, value in condition.items()}
+    return condition[mask.to(condition.device)]

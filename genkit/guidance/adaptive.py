@@ -1,0 +1,80 @@
+"""Guidance that stops by itself, sample by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genkit.guidance.base import COND, Branch, Predictions, Result, StepInfo, _Combinator, check_number
+
+
+class AdaptiveState(NamedTuple):
+    inner: Any
+    guided: Tensor  # (B,) bool: the samples guided in this step
+    coming: Tensor  # (B,) bool: the samples that will be guided in the next one
+
+
+@dataclass(frozen=True)
+class Adaptive(_Combinator):
+    """``inner`` until the branches agree, then the conditional prediction alone (Castillo et al. 2023, sec. 5).
+
+    A sample leaves guidance for good after the step in which ``cos(eps_c, eps_u) >= threshold``, ``eps = (x - alpha D) / s``
+    over all axes; each sample of a batch on its own, and always for whole steps.
+
+    Args:
+        inner: a guidance that uses the unconditional branch.
+        threshold: gamma-bar in [-1, inf). Above 1 it never stops, 0.991 saved a quarter of the evaluations in the paper.
+
+    Raises:
+        ValueError: threshold below -1 or not a number.
+    """
+
+    threshold: float = 0.991
+    examples: ClassVar[tuple[str, ...]] = (
+        "Adaptive(CFG(3.0), 0.9)",
+        "Adaptive(APG(4.0, momentum=-0.5), 0.95)",
+        "Adaptive(Interval(CFG(3.0), 0.1, 20.0))",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "threshold", -1.0, 1e9)
+
+    def init(self, batch: int) -> AdaptiveState:
+        everyone = torch.ones(batch, dtype=torch.bool)
+        return AdaptiveState(self.inner.init(batch), everyone, everyone)
+
+    def plan(self, info: StepInfo, state: AdaptiveState) -> tuple[Branch, ...]:
+        guided = state.coming if info.stage == "step" else state.guided
+        branches = self.inner.plan(info, state.inner)
+        if bool(guided.all()):
+            return branches
+        if not bool(guided.any()):
+            return (COND,)
+        return tuple(b if b.name == "cond" else b._replace(mask=guided if b.mask is None else b.mask & guided) for b in branches)
+
+    def combine(self, info: StepInfo, predictions: Predictions, state: AdaptiveState) -> tuple[Result, AdaptiveState]:
+        guided = state.coming if info.stage == "step" else state.guided
+        if not bool(guided.any()):
+            return Result(predictions["cond"]), state._replace(guided=guided)
+        result, inner = self.inner.combine(info, predictions, state.inner)
+        if not bool(guided.all()):
+            keep = guided.to(result.denoised.device).reshape(-1, *[1] * (result.denoised.ndim - 1))
+            direction = None if result.direction is None else torch.where(keep, result.direction, predictions["cond"])
+            result = Result(torch.where(keep, result.denoised, predictions["cond"]), direction, result.stats)
+        coming = state.coming
+        if info.stage == "step" and "uncond" in predictions:
+            cosine = eps_cosine(info, predictions["cond"], predictions["uncond"])
+            coming = guided & (cosine < self.threshold).cpu()
+            result = result._replace(stats={**result.stats, "cosine": float(cosine.detach().cpu()[guided].mean())})
+        return result, AdaptiveState(inner, guided, coming)
+
+
+def eps_cosine(info: StepInfo, cond: Tensor, uncond: Tensor) -> Tensor:
+    """``cos(eps_c, eps_u)`` per sample (B,); the factor 1/s of eps cancels."""
+    a = (info.x - info.alpha * cond).flatten(1)
+    b = (info.x - info.alpha * uncond).flatten(1)
+    return torch.nn.functional.cosine_similarity(a, b, dim=1)

@@ -1,0 +1,178 @@
+"""The pipeline of a class-conditional pixel diffusion model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from genkit import noise
+from genkit.denoiser import Denoiser, Guided, TraceLevel
+from genkit.guidance import CFG, Guidance, NoGuidance, Trace, parse
+from genkit.guidance.base import Result, StepInfo
+from genkit.pipelines.output import Output
+from genkit.random import Gaussian, check_seeds
+from genkit.samplers.diffusion import Sampler, find_sampler, sample, start
+from genkit.samplers.diffusion.loop import Callback
+
+
+@dataclass
+class ClassPipeline:
+    """Class labels in, images out: ``pipe(classes=[3, "ship"], seeds=[0, 1], guidance=Interval(CFG(3.0), 0.28, 5.42))``.
+
+    Attributes:
+        models: denoisers by name; ``"main"``, and ``"weak"`` where an early snapshot was shipped.
+        class_names: names of the classes 0 .. C - 1. Label C is the dropped label, the unconditional branch.
+        image_shape: (channels, height, width).
+        sigma_min, sigma_max: noise levels the model was trained for.
+        fingerprint: SHA-256 of the weights.
+    """
+
+    models: dict[str, Denoiser]
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+    name: str
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to(self, device: str | torch.device) -> ClassPipeline:
+        """Move the networks; returns the pipeline."""
+        self.device = torch.device(device)
+        for model in self.models.values():
+            if isinstance(model, torch.nn.Module):
+                model.to(self.device)
+        return self
+
+    def __call__(
+        self,
+        classes: int | str | Sequence[int | str],
+        seeds: int | Sequence[int] | None = None,
+        guidance: Guidance | str | float | None = None,
+        *,
+        sampler: str | Sampler = "heun",
+        steps: int = 18,
+        grid: str | Tensor | None = None,
+        batch_size: int | None = None,
+        trace: TraceLevel = "basic",
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Output:
+        """Generate one image per class.
+
+        Image k depends on its class, its seed, the guidance and the sampler; not on the batch it is made in.
+
+        Args:
+            classes: index or name, or a list of them.
+            seeds: one integer per class; None is 0, 1, 2, ... One class with several seeds, or one seed, is repeated.
+            guidance: object, expression, a number w (short for CFG(w)), or None for none.
+            sampler: name or expression, for example ``"heun(churn=40)"``.
+            steps: number of steps, 1 to 10000.
+            grid: name of a grid of noise levels (karras, edm, exponential, uniform_t), or the levels themselves,
+                (steps + 1,) falling; None is the sampler's own.
+            batch_size: at most this many images at a time; None is all at once.
+            trace: ``"none"``, ``"basic"``, or ``"full"`` (also the branches' cosine and the update's norm).
+            progress: show a progress bar on stderr.
+            callback: called with (StepInfo, Result) after the first evaluation of every step.
+
+        Raises:
+            ValueError: an unknown class, seeds that do not match the classes, an unknown sampler, guidance or grid.
+        """
+        labels, seed_list = self._pair(classes, seeds)
+        rule, solver = as_guidance(guidance), find_sampler(sampler)
+        sigmas = self._grid(solver, steps, grid)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size={batch_size!r}: use a positive integer, or None for all images at once")
+        size = batch_size or len(labels)
+        chunks = [(labels[i : i + size], seed_list[i : i + size]) for i in range(0, len(labels), size)]
+        latents, nfe, calls, table = [], list[int](), 0, Trace()
+        with tqdm(total=len(chunks) * (len(sigmas) - 1), disable=not progress, unit="step", leave=False) as bar:
+
+            def tick(info: StepInfo, result: Result) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(info, result)
+
+            for some_labels, some_seeds in chunks:
+                run = self._run(rule, some_labels, trace)
+                latents.append(self._sample(run, some_seeds, solver, sigmas, tick if progress or callback else None))
+                nfe.extend(run.ledger.nfe)
+                calls += run.ledger.calls
+                table.extend(run.trace)
+        return Output(torch.cat(latents), nfe, calls, table, seed_list, labels)
+
+    def _run(self, guidance: Guidance, labels: list[int], trace: TraceLevel) -> Guided:
+        cond = torch.tensor(labels, device=self.device)
+        return Guided(
+            self.models, guidance, {"cond": cond, "uncond": torch.full_like(cond, self.num_classes)}, len(labels), trace
+        )
+
+    @torch.no_grad()
+    def _sample(self, run: Guided, seeds: list[int], solver: Sampler, sigmas: Tensor, callback: Callback | None) -> Tensor:
+        path = solver.path or self.models["main"].path
+        like = torch.empty(len(seeds), *self.image_shape, device=self.device)
+        x = start(Gaussian(seeds, stream=0)(like), sigmas, path)
+        return sample(run, x, sigmas, solver, path, Gaussian(seeds, stream=1), callback)
+
+    def _grid(self, solver: Sampler, steps: int, grid: str | Tensor | None) -> Tensor:
+        if isinstance(grid, Tensor):
+            return grid.double()
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+            raise ValueError(f"steps={steps!r}: use an integer from 1 to 10000")
+        name = solver.grid if grid is None else grid
+        if name not in noise.GRIDS:
+            raise ValueError(
+                f"grid={grid!r} is unknown; use one of {', '.join(noise.GRIDS)}, or a tensor of falling noise levels"
+            )
+        return noise.GRIDS[name](steps, self.sigma_min, self.sigma_max)
+
+    def _pair(self, classes: Any, seeds: Any) -> tuple[list[int], list[int]]:
+        many = list(classes) if isinstance(classes, Sequence | Tensor) and not isinstance(classes, str) else [classes]
+        labels = [self.class_index(int(c) if isinstance(c, Tensor) and not c.is_floating_point() else c) for c in many]
+        if not labels:
+            raise ValueError("classes is empty: give at least one class")
+        listed = range(len(labels)) if seeds is None else [seeds] if isinstance(seeds, int) else seeds
+        numbers = check_seeds(listed)
+        if len(labels) == 1:
+            labels = labels * max(1, len(numbers))
+        elif len(numbers) == 1 and not isinstance(seeds, Sequence):
+            numbers = numbers * len(labels)
+        if len(labels) != len(numbers):
+            raise ValueError(f"seeds has {len(numbers)} entries but classes has {len(labels)}: give one seed per class")
+        return labels, numbers
+
+    def class_index(self, value: int | str) -> int:
+        """Index of a class given by index or name. Raises ValueError naming what would work."""
+        if isinstance(value, str):
+            if value in self.class_names:
+                return self.class_names.index(value)
+            near = difflib.get_close_matches(value.lower(), self.class_names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(self.class_names)}"
+            raise ValueError(f"classes contains {value!r}, which {self.name} does not know; {hint}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.num_classes:
+            names = ", ".join(self.class_names)
+            raise ValueError(f"classes contains {value!r}: use an index from 0 to {self.num_classes - 1} or a name ({names})")
+        return value
+
+
+def as_guidance(value: Guidance | str | float | Mapping[str, Any] | None) -> Guidance:
+    """A guidance from an object, an expression, a number (CFG of that scale) or None. Raises ValueError for anything else."""
+    if value is None:
+        return NoGuidance()
+    if isinstance(value, Guidance):
+        return value
+    if isinstance(value, str):
+        return parse(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return CFG(float(value))
+    raise ValueError(f"guidance={value!r} must be a guidance object, an expression such as 'CFG(3.0)', a number, or None")

@@ -1,0 +1,141 @@
+"""``genkit.load``: a pipeline from a built-in name or a checkpoint file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genkit.denoiser import EDMDenoiser
+from genkit.models.unet import UNet, UNetConfig
+from genkit.pipelines.diffusion import ClassPipeline
+
+#: Built-in models: file of the main network and of its early, weaker snapshot, inside ``genkit/assets``.
+BUILTIN: dict[str, dict[str, str]] = {
+    "builtin/cifar10": {"main": "cifar10/diffusion.safetensors", "weak": "cifar10/diffusion_weak.safetensors"},
+}
+
+FORMAT = "genkit-edm-unet-1"
+
+
+def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ClassPipeline:
+    """A pipeline for a built-in model (``"builtin/cifar10"``) or for a checkpoint file written by :func:`save_checkpoint`.
+
+    Raises:
+        ValueError: an unknown name, a file that is damaged or of another kind, weights that are not finite.
+        FileNotFoundError: no such file.
+    """
+    name = os.fspath(model)
+    if name in BUILTIN:
+        assets = files("genkit") / "assets"
+        paths = {role: Path(str(assets / file)) for role, file in BUILTIN[name].items()}
+        paths = {role: path for role, path in paths.items() if role == "main" or path.exists()}
+    elif name.startswith("builtin/"):
+        raise ValueError(
+            f"model={name!r} is not a built-in model; use one of {', '.join(BUILTIN)}, or a path to a .safetensors file"
+        )
+    else:
+        paths = {"main": Path(name)}
+    loaded = {role: load_checkpoint(path) for role, path in paths.items()}
+    denoiser, about = loaded["main"]
+    config = denoiser.network.config
+    assert isinstance(config, UNetConfig)
+    names = about["class_names"]
+    pipe = ClassPipeline(
+        models={role: net for role, (net, _) in loaded.items()},
+        class_names=tuple(names),
+        image_shape=(config.image_channels, config.image_size, config.image_size),
+        fingerprint=hashlib.sha256(paths["main"].read_bytes()).hexdigest(),
+        name=name if name in BUILTIN else Path(name).stem,
+        sigma_min=float(about["sigma_min"]),
+        sigma_max=float(about["sigma_max"]),
+    )
+    return pipe.to(device)
+
+
+def load_checkpoint(path: Path) -> tuple[EDMDenoiser, dict[str, Any]]:
+    """A denoiser in eval mode, float32, and its metadata. Raises as :func:`load` does."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model={str(path)!r} is not a file; give a .safetensors checkpoint or one of {', '.join(BUILTIN)}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"model={str(path)!r} cannot be read as safetensors ({error}); the file is damaged or of another format"
+        ) from None
+    about = _about(path, metadata)
+    try:
+        denoiser = EDMDenoiser(UNet(UNetConfig(**about["network"])), float(about["sigma_data"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model={str(path)!r}: its network description does not fit this version of genkit ({error})") from None
+    _fit(path, denoiser, weights)
+    # Plain eval-mode weights; channels-last is what the CPU convolutions are fastest in.
+    return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last), about  # type: ignore[call-overload]
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"model={str(path)!r} says format={metadata.get('format')!r}; this loader reads {FORMAT!r}")
+    try:
+        about: dict[str, Any] = json.loads(metadata["config"])
+        missing = {"network", "sigma_data", "sigma_min", "sigma_max", "class_names"} - set(about)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"model={str(path)!r}: its metadata is damaged ({error})") from None
+    if missing:
+        raise ValueError(f"model={str(path)!r}: its metadata lacks {', '.join(sorted(missing))}")
+    return about
+
+
+def _fit(path: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> None:
+    expected = denoiser.state_dict()
+    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape] + [
+        k for k in weights if k not in expected
+    ]
+    if wrong:
+        raise ValueError(
+            f"model={str(path)!r}: {len(wrong)} weights do not fit the network it describes, first {', '.join(wrong[:3])}"
+        )
+    for key, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"model={str(path)!r}: weight {key!r} holds NaN or infinity; the file is damaged or the training diverged"
+            )
+    denoiser.load_state_dict({k: v.float() for k, v in weights.items()})
+
+
+def save_checkpoint(
+    path: Path, denoiser: EDMDenoiser, class_names: tuple[str, ...], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a denoiser around a :class:`UNet` in half precision, with all that :func:`load` needs, by way of a temporary file.
+
+    Args:
+        extra: further plain values for the metadata (training images, recipe, ...).
+    """
+    config = denoiser.network.config
+    assert isinstance(config, UNetConfig)
+    about = {
+        "network": asdict(config),
+        "sigma_data": denoiser.sigma_data,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "class_names": list(class_names),
+        **(extra or {}),
+    }
+    weights = {key: value.detach().half().contiguous().cpu() for key, value in denoiser.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(weights, temporary, metadata={"format": FORMAT, "config": json.dumps(about)})
+    os.replace(temporary, path)

@@ -1,0 +1,177 @@
+"""The loop all diffusion samplers share, and the table of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from genkit.guidance.base import Result, Stage, StepInfo
+from genkit.guidance.expressions import build
+from genkit.noise import Path
+from genkit.random import Noise
+
+Denoise = Callable[[StepInfo], Result]
+StepFunction = Callable[..., tuple[Tensor, Any]]
+Callback = Callable[[StepInfo, Result], None]
+
+
+class Point(NamedTuple):
+    """A noise level with its coordinates on the sampler's path."""
+
+    sigma: float
+    alpha: float
+    s: float
+
+
+class Step:
+    """One step from ``here`` to ``there``: what a step function may know and do."""
+
+    __slots__ = ("callback", "denoise_fn", "here", "index", "noise", "path", "there", "total")
+
+    def __init__(
+        self, denoise: Denoise, path: Path, points: tuple[Point, Point], place: tuple[int, int], noise: Noise | None
+    ) -> None:
+        self.denoise_fn, self.path, self.noise = denoise, path, noise
+        self.here, self.there = points
+        self.index, self.total = place
+        self.callback: Callback | None = None
+
+    def denoise(self, x: Tensor, at: Point | None = None, stage: Stage = "step") -> Result:
+        """The guided estimate at ``x``, on the level ``at`` (default: where the step begins)."""
+        at = at or self.here
+        progress = self.index / (self.total - 1) if self.total > 1 else 0.0
+        info = StepInfo(self.index, self.total, progress, stage, self.here.sigma, self.there.sigma, at.alpha, at.s, x)
+        result = self.denoise_fn(info)
+        if self.callback is not None and stage == "step":
+            self.callback(info, result)
+        return result
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Unit noise for this step. Raises ValueError if the run has no noise source."""
+        if self.noise is None:
+            raise ValueError(
+                "noise=None, but this sampler draws noise: give a noise source such as genkit.random.Gaussian(seeds, stream=1)"
+            )
+        return self.noise(like, self.index)
+
+
+def direction(x: Tensor, result: Result, at: Point) -> Tensor:
+    """``n_hat = (x - alpha D) / s``: the noise the estimate implies; a guidance may name another D for it (``direction``)."""
+    d = result.denoised if result.direction is None else result.direction
+    return (x - at.alpha * d) / at.s
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver: ``step(step, x, memory, **options) -> (x, memory)``.
+
+    Attributes:
+        order: global order of convergence on a smooth probability flow (of the noise-free form).
+        grid: name of the grid of noise levels it is best used with.
+        path: coordinates it integrates in; None means those of the network.
+        options: keyword arguments of the step function.
+    """
+
+    name: str
+    step: StepFunction
+    order: int
+    grid: str = "karras"
+    path: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    doc: str = ""
+
+    def __call__(self, **options: Any) -> Sampler:
+        """The sampler with other options, for example ``SAMPLERS["heun"](churn=40)``. Raises TypeError for one it lacks."""
+        unknown = set(options) - set(self.options)
+        if unknown:
+            has = ", ".join(self.options) or "none"
+            raise TypeError(f"sampler {self.name!r} has no option {', '.join(sorted(unknown))!r}; its options: {has}")
+        for key, value in options.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"sampler {self.name!r}: {key}={value!r} must be a number from 0 on")
+        return Sampler(self.name, self.step, self.order, self.grid, self.path, {**self.options, **options}, self.doc)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})" if self.options else self.name
+
+
+SAMPLERS: dict[str, Sampler] = {}
+
+
+def register(
+    name: str, *, order: int, grid: str = "karras", path: Path | None = None, **options: Any
+) -> Callable[[StepFunction], StepFunction]:
+    """Decorator: put a step function into the table under ``name``."""
+
+    def add(step: StepFunction) -> StepFunction:
+        SAMPLERS[name] = Sampler(name, step, order, grid, path, options, (step.__doc__ or "").strip().splitlines()[0])
+        return step
+
+    return add
+
+
+def find_sampler(sampler: str | Sampler) -> Sampler:
+    """A sampler by name or expression (``"heun"``, ``"heun(churn=40)"``). Raises ValueError with the known names."""
+    if isinstance(sampler, Sampler):
+        return sampler
+    found = build(sampler, SAMPLERS, "sampler")
+    if not isinstance(found, Sampler):
+        raise ValueError(f"sampler={sampler!r} is not a sampler; use one of {', '.join(SAMPLERS)}")
+    return found
+
+
+def points(sigmas: Tensor, path: Path) -> list[Point]:
+    """The grid on a path. Raises ValueError unless sigmas (N + 1,) fall strictly, the last one being >= 0."""
+    values = [float(v) for v in sigmas]
+    falling = all(a > b for a, b in itertools.pairwise(values))
+    if sigmas.ndim != 1 or len(values) < 2 or not falling or not values[-1] >= 0:
+        raise ValueError(
+            f"sigmas={[round(v, 4) for v in values][:8]}: give at least two strictly falling noise levels, ending at 0 or above"
+        )
+    return [Point(v, *path(v)) for v in values]
+
+
+def start(noise: Tensor, sigmas: Tensor, path: Path, image: Tensor | None = None) -> Tensor:
+    """The first state: ``s n`` (plus ``alpha image``, for image-to-image) at the first noise level."""
+    alpha, s = path(float(sigmas[0]))
+    return s * noise if image is None else alpha * image + s * noise
+
+
+def sample(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    sampler: str | Sampler,
+    path: Path,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Integrate from ``sigmas[0]`` to ``sigmas[-1]``.
+
+    Args:
+        denoise: maps a StepInfo to a Result: a :class:`genkit.denoiser.Guided`.
+        x: the state at ``sigmas[0]`` (B, ...), in the coordinates of ``path`` (see :func:`start`).
+        sigmas: (N + 1,) falling noise levels; see ``genkit.noise.GRIDS``.
+        sampler: name, expression or object. Its own ``path``, if it has one, is not applied here: pass it.
+        path: coordinates of ``x``.
+        noise: source for samplers that add noise; not touched while their noise scale is 0.
+        callback: called after the first evaluation of every step with its StepInfo and Result.
+
+    Returns:
+        The state at ``sigmas[-1]``; the image itself if that is 0. Differentiable.
+    """
+    solver = find_sampler(sampler)
+    grid = points(sigmas, path)
+    total, memory, options = len(grid) - 1, None, dict(solver.options)
+    for i in range(total):
+        step = Step(denoise, path, (grid[i], grid[i + 1]), (i, total), noise)
+        step.callback = callback
+        x, memory = solver.step(step, x, memory, **options)
+    return x
+
+
+__all__ = ["SAMPLERS", "Point", "Sampler", "Step", "direction", "find_sampler", "points", "register", "sample", "start"]

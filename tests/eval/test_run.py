@@ -1,0 +1,264 @@
+"""Runs: what is written, what is not done twice, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from genkit_eval.blocks import BlockStore
+from genkit_eval.config import slug
+from genkit_eval.errors import InputError
+from genkit_eval.extractors import Extractor, load_extractor
+from genkit_eval.files import write_bytes, write_json
+from genkit_eval.labels import label_of, labels_of
+from genkit_eval.metrics import METRICS
+from genkit_eval.reference import load_reference
+from genkit_eval.results import check_protocol, write_results
+from genkit_eval.run import blocks_done, make_config
+from safetensors.torch import load, save_file
+
+from genkit.guidance import CFG
+from tests.eval.standins import FakePipeline, Runner
+
+TEXTS = ("none", "CFG(2.0)")
+TIMING = ("seconds_wall", "seconds_cpu")
+
+
+def numbers(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries without what a clock measured."""
+    entries: list[dict[str, Any]] = json.loads(json.dumps(results["guidances"]))
+    for entry in entries:
+        for key in TIMING:
+            entry["cost"].pop(key)
+    return entries
+
+
+def blocks(out: Path) -> list[Path]:
+    return sorted(out.glob("*/blocks/*.safetensors"))
+
+
+def test_results_say_how_they_were_made(runner: Runner, pipe: FakePipeline) -> None:
+    found = runner(pipe, *TEXTS)
+    assert found == json.loads((runner.out / "results.json").read_text())
+    assert found["status"] == "complete"
+    assert [entry["label"] for entry in found["guidances"]] == list(TEXTS)
+    assert found["guidances"][1]["guidance"] == repr(CFG(2.0))
+    assert found["extractor"]["sha256"] == "e" * 64
+    assert found["reference"]["sha256"] == "a" * 64
+    assert found["generation"]["model_sha256"] == "f" * 64
+    assert {"python", "torch", "numpy", "genkit"} <= set(found["versions"])
+    assert {"cpu", "cores"} <= set(found["hardware"])
+    assert found["date"].endswith("Z")
+    entry = found["guidances"][0]
+    assert set(entry["metrics"]) == set(METRICS)
+    for name, metric in entry["metrics"].items():
+        assert metric["variant"] == METRICS[name].variant
+        assert metric["n_fake"] == 25
+        assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]
+    assert entry["metrics"]["frechet"]["title"] == "FD-TINY"
+    assert "FID" not in json.dumps([m["title"] for m in entry["metrics"].values()])
+    assert entry["cost"]["nfe_mean"] == pytest.approx(3 + 12 / 25)
+    assert entry["trace"][0]["sigma"] == 80.0
+    assert entry["trace"][-1]["cosine"] is None
+    assert (runner.out / entry["grid"]).exists()
+
+
+def test_guidances_share_seeds_and_labels(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, *TEXTS)
+    made: dict[str, list[tuple[int, int]]] = {}
+    for guidance, seed, label in pipe.asked:
+        made.setdefault(repr(guidance), []).append((seed, label))
+    first, second = made.values()
+    assert first == second == [(k, k % 3) for k in range(25)]
+
+
+def test_a_finished_run_makes_nothing_again(runner: Runner, pipe: FakePipeline) -> None:
+    found = runner(pipe, *TEXTS)
+    again = FakePipeline()
+    assert runner(again, *TEXTS)["guidances"] == found["guidances"]
+    assert again.asked == []
+
+
+def test_deleted_and_broken_blocks_are_made_again_bit_for_bit(runner: Runner, pipe: FakePipeline) -> None:
+    found = numbers(runner(pipe, *TEXTS))
+    before = {path: load(path.read_bytes()) for path in blocks(runner.out)}
+    first, second, *_ = before
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:100])
+    leftover = first.with_name("00009.safetensors.abc.writing")
+    leftover.write_bytes(b"half")
+    again = FakePipeline()
+    assert numbers(runner(again, *TEXTS)) == found
+    assert len(again.asked) == 20
+    assert not leftover.exists()
+    for path, tensors in before.items():
+        now = load(path.read_bytes())
+        assert all(torch.equal(now[name], tensors[name]) for name in tensors)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(runner: Runner, tmp_path: Path, pipe: FakePipeline) -> None:
+    whole = numbers(runner(pipe, *TEXTS, out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        runner(FakePipeline(stop_after=40), *TEXTS)
+    partial = json.loads((runner.out / "results.json").read_text())
+    assert partial["status"] == "partial"
+    assert [entry["label"] for entry in partial["guidances"]] == ["none"]
+    config = make_config(pipe, runner.extractor, "heun", 3, 0, "balanced", 10)
+    assert blocks_done(config, runner.request(*TEXTS)) == (5, 6)
+    rest = FakePipeline()
+    assert numbers(runner(rest, *TEXTS)) == whole
+    assert [seed for _, seed, _ in rest.asked] == list(range(20, 25))
+
+
+def test_a_run_grows_and_shrinks(runner: Runner, tmp_path: Path, pipe: FakePipeline) -> None:
+    small = numbers(runner(pipe, "none", n=20))
+    more = FakePipeline()
+    grown = numbers(runner(more, "none", n=40))
+    assert [seed for _, seed, _ in more.asked] == list(range(20, 40))
+    assert grown == numbers(runner(FakePipeline(), "none", n=40, out=tmp_path / "at-once"))
+    idle = FakePipeline()
+    assert numbers(runner(idle, "none", n=20)) == small
+    assert idle.asked == []
+
+
+def test_a_second_command_adds_its_guidance(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, "none")
+    found = runner(pipe, "CFG(2.0)")
+    assert [entry["label"] for entry in found["guidances"]] == ["none", "CFG(2.0)"]
+    gap = found["guidances"][1]["metrics"]["frechet"]["difference"]
+    values = [entry["metrics"]["frechet"]["value"] for entry in found["guidances"]]
+    assert gap["value"] == pytest.approx(values[1] - values[0])
+    assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
+    assert found["guidances"][0]["metrics"]["frechet"]["difference"] is None
+
+
+def test_different_sample_counts_are_not_subtracted(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, "none", n=20)
+    found = runner(pipe, "CFG(2.0)", n=30)
+    assert found["guidances"][1]["metrics"]["frechet"]["difference"] is None
+    assert any("Sample counts differ" in warning for warning in found["warnings"])
+
+
+def test_another_configuration_in_the_folder_is_refused(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, "none", n=20)
+    stamp = [path.stat().st_mtime_ns for path in blocks(runner.out)]
+    with pytest.raises(InputError, match="--out: .* steps is 3 there and 4 here. Choose another folder, or --overwrite"):
+        runner(FakePipeline(), "none", n=20, steps=4)
+    assert [path.stat().st_mtime_ns for path in blocks(runner.out)] == stamp
+    found = runner(FakePipeline(), "none", n=20, steps=4, overwrite=True)
+    assert found["generation"]["steps"] == 4
+    assert len(found["guidances"]) == 1
+
+
+def test_overwrite_leaves_foreign_files(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, "none", n=20)
+    note = runner.out / "notes.txt"
+    note.write_text("mine")
+    runner(pipe, "none", n=20, overwrite=True)
+    assert note.read_text() == "mine"
+
+
+@pytest.mark.parametrize("below", ["file/run", "file"])
+def test_an_unwritable_folder_is_found_before_work(runner: Runner, pipe: FakePipeline, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="--out: cannot write in"):
+        runner(pipe, "none", out=tmp_path / below)
+    assert pipe.asked == []
+
+
+def test_a_disk_that_fills_up_is_one_clear_error(runner: Runner) -> None:
+    with pytest.raises(InputError, match="--out: cannot write in .*No space left"):
+        runner(FakePipeline(stop_after=10, error=OSError(28, "No space left on device")), "none")
+    assert len(blocks(runner.out)) == 1
+
+
+def test_a_model_that_refuses_or_diverges_names_the_guidance(runner: Runner) -> None:
+    with pytest.raises(InputError, match=r"--guidance 'CFG\(2.0\)': needs a weak model"):
+        runner(FakePipeline(stop_after=0, error=ValueError("needs a weak model")), "CFG(2.0)")
+    broken = Extractor("fake/projection", "TINY", "e" * 64, "none", lambda pixels: torch.full((len(pixels), 5), torch.nan))
+    with pytest.raises(InputError, match="not finite"):
+        Runner(broken, runner.reference, runner.out)(FakePipeline(), "none")
+
+
+def test_request_checks() -> None:
+    from genkit_eval.run import Request
+
+    with pytest.raises(InputError, match="--num-samples: got 3; at least 8"):
+        Request((("none", None),), 3, Path("x"))
+    with pytest.raises(InputError, match="--guidance: none given"):
+        Request((), 20, Path("x"))
+    with pytest.raises(InputError, match="given twice"):
+        Request((("a", 1), ("b", 1)), 20, Path("x"))
+
+
+def test_labels() -> None:
+    assert labels_of(range(4), 3) == [0, 1, 2, 0]
+    drawn = labels_of(range(3000), 10, "random", seed=1)
+    assert drawn[100:200] == labels_of(range(100, 200), 10, "random", seed=1)
+    assert drawn != labels_of(range(3000), 10, "random", seed=2)
+    assert min(drawn.count(c) for c in range(10)) > 230
+    with pytest.raises(ValueError, match="labels: got 'sorted'"):
+        label_of(0, 10, "sorted")
+
+
+def test_slugs_are_short_safe_and_different() -> None:
+    long = "Interval(" * 10 + "CFG(3.0)" + ", 0.1, 5.0)" * 10
+    names = {slug(text) for text in ("CFG(3.0)", "CFG(3.00)", long, long + " ", "../../x", "none")}
+    assert len(names) == 6
+    assert all(len(name) <= 48 and "/" not in name and not name.startswith(".") for name in names)
+
+
+def test_a_block_of_another_configuration_does_not_count(runner: Runner, pipe: FakePipeline) -> None:
+    runner(pipe, "none", n=20)
+    folder = blocks(runner.out)[0].parent
+    assert not BlockStore(folder, "other").done(0, 10)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(OSError, match=""):
+        write_bytes(path / "below", b"")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_no_number_without_its_protocol(runner: Runner, pipe: FakePipeline) -> None:
+    found = runner(pipe, "none", n=20)
+    for part, key in (("extractor", "sha256"), ("reference", "sha256"), ("generation", "uint8_rule")):
+        lacking = {**found, part: {k: v for k, v in found[part].items() if k != key}}
+        with pytest.raises(ValueError, match=f"results lack {part}.{key}"):
+            check_protocol(lacking)
+    with pytest.raises(ValueError, match="results lack"):
+        write_results(runner.out, {}, found["guidances"], complete=True)
+
+
+def test_reference_file(reference_file: Path, extractor: Extractor, tmp_path: Path) -> None:
+    found = load_reference(reference_file, extractor)
+    assert found.num_images == 60
+    assert len(found.sha256) == 64
+    assert not found.sample.owns_moments
+    other = Extractor("other", "OTHER", "b" * 64, "none", extractor.features)
+    with pytest.raises(InputError, match="--reference: .* was made with extractor eeee"):
+        load_reference(reference_file, other)
+    with pytest.raises(InputError, match="no reference of its own"):
+        load_reference(None, extractor)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_reference(tmp_path / "absent.safetensors", extractor)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(reference_file.read_bytes()[:-50])
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_reference(broken, extractor)
+    save_file({"mean": torch.zeros(5)}, broken)
+    with pytest.raises(InputError, match="lacks cov, features, num_images"):
+        load_reference(broken, extractor)
+
+
+def test_unknown_extractor() -> None:
+    with pytest.raises(InputError, match="--extractor: got 'inception'; one of builtin/cifar10 works"):
+        load_extractor("inception")

@@ -1,0 +1,345 @@
+"""Laws that hold for every registered guidance, on whole sampling runs with an exact denoiser.
+
+Nothing here names a method but NON_AFFINE: a new class is covered as soon as it exists, through its ``examples``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from genkit import guidance as guidance_package
+from genkit import noise
+from genkit.guidance import APG, CFG, COND, Adaptive, Branch, Guidance, Interval, NoGuidance, Result, Scheduled, StepInfo, base, parse, registry
+from genkit.noise import FLOW, VE, VP, Path
+from genkit.samplers.diffusion import SAMPLERS, sample
+from tests.toys import LABELS, MAIN, SHAPE, WEAK, Run, at_scale, conditions, step_info
+
+EXAMPLES = [text for cls in registry().values() for text in cls.examples]
+NON_AFFINE = {"APG"}  # their result depends on the space they work in
+PATHS = {"ve": VE, "vp": VP, "flow": FLOW}
+
+every_example = pytest.mark.parametrize("text", EXAMPLES)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Classes defined in a test are forgotten after it."""
+    monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
+    yield
+
+
+def unequal(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+# ---- the object ----
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_class_has_examples_of_itself(name: str) -> None:
+    cls = registry()[name]
+    assert cls.examples, f"{name} needs examples: they are shown to users and put through the laws"
+    assert all(type(parse(text)) is cls for text in cls.examples)
+
+
+@every_example
+def test_repr_reads_back(text: str) -> None:
+    made = parse(text)
+    again = parse(repr(made))
+    assert again == made
+    assert hash(again) == hash(made)
+    assert repr(again) == repr(made)
+    assert len({made, again, NoGuidance()}) == 2 - (made == NoGuidance())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        CFG(-2.5),
+        CFG(7),
+        CFG(1e-300),
+        APG(4.0, threshold=math.inf),
+        APG(4, eta=-1, momentum=-0.999, threshold=3),
+        Interval(CFG(3.0), 0, math.inf),
+        Interval(CFG(3.0), 0.5, math.inf, unit="step"),
+        Adaptive(CFG(2.0), threshold=-1),
+        Scheduled(Interval(Adaptive(APG(4.0), 0.5), 1, 2), shape="power_cosine", power=1e-3, preserve_mean=False),
+    ],
+    ids=repr,
+)
+def test_repr_of_unusual_numbers_reads_back(made: Guidance) -> None:
+    assert parse(repr(made)) == made
+
+
+def test_numbers_of_other_libraries_become_python_numbers() -> None:
+    import numpy as np
+
+    made = CFG(np.float64(3.5))
+    assert repr(made) == "CFG(scale=3.5)"
+    assert parse(repr(made)) == made == CFG(3.5)
+    assert parse(repr(Interval(APG(np.float64(2.0)), np.float64(0.5), np.float64(2.5)))).high == 2.5  # type: ignore[attr-defined]
+
+
+@every_example
+def test_object_is_frozen(text: str) -> None:
+    made = parse(text)
+    before = repr(made)
+    for name in [f.name for f in fields(made)] + ["something_new"]:
+        with pytest.raises(FrozenInstanceError):
+            setattr(made, name, 2.0)
+    Run(made)
+    assert repr(made) == before
+    assert set(vars(made)) == {f.name for f in fields(made)}  # a run leaves nothing behind in it
+
+
+@every_example
+def test_any_other_scale_is_another_object(text: str) -> None:
+    made = parse(text)
+    other = at_scale(made, 9.75)
+    assert (other == made) == (made.weight(step_info(torch.zeros(1, 1))) == 1 and isinstance(made, NoGuidance))
+
+
+# ---- what a run gives ----
+
+
+@every_example
+def test_scale_1_is_the_conditional_prediction_alone(text: str) -> None:
+    plain, run = Run(NoGuidance()), Run(at_scale(parse(text), 1.0))
+    assert torch.equal(run.out, plain.out)
+    assert run.nfe == plain.nfe == [11] * 4
+    assert all(set(labels) == {0, 1, 2} for labels in run.main.labels)
+
+
+@every_example
+def test_weight_override_1_plans_only_cond(text: str) -> None:
+    made = parse(text)
+    x = torch.ones(4, *SHAPE, dtype=torch.float64)
+    for i in range(6):
+        info = step_info(x, i, 6, sigma=1.0, weight=1.0)
+        state = made.init(4)
+        assert made.plan(info, state) == (COND,)
+        assert torch.equal(made.combine(info, {"cond": 2 * x}, state)[0].denoised, 2 * x)
+
+
+@every_example
+@pytest.mark.parametrize(("high", "unit"), [(math.inf, "sigma"), (math.inf, "step"), (1.0, "fraction")])
+def test_interval_of_everything_is_inner(text: str, high: float, unit: Any) -> None:
+    inner, whole = Run(parse(text)), Run(Interval(parse(text), 0.0, high, unit))
+    assert torch.equal(whole.out, inner.out)
+    assert whole.nfe == inner.nfe
+
+
+@every_example
+@pytest.mark.parametrize(("low", "high", "unit"), [(1.0, 1.0, "sigma"), (90.0, 95.0, "step"), (0.4, 0.4, "fraction")])
+def test_empty_interval_is_the_conditional_prediction(text: str, low: float, high: float, unit: Any) -> None:
+    plain, empty = Run(NoGuidance()), Run(Interval(parse(text), low, high, unit))
+    assert torch.equal(empty.out, plain.out)
+    assert empty.nfe == plain.nfe
+
+
+@every_example
+def test_adaptive_that_never_stops_is_inner(text: str) -> None:
+    inner, adaptive = Run(parse(text)), Run(Adaptive(parse(text), threshold=1.001))
+    assert torch.equal(adaptive.out, inner.out)
+    assert adaptive.nfe == inner.nfe
+
+
+@every_example
+def test_constant_schedule_is_inner(text: str) -> None:
+    inner, scheduled = Run(parse(text)), Run(Scheduled(parse(text), "constant"))
+    assert torch.equal(scheduled.out, inner.out)
+    assert scheduled.nfe == inner.nfe
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0, 3.0, 12.0])
+def test_apg_with_everything_off_is_cfg(scale: float) -> None:
+    cfg = Run(CFG(scale))
+    for off in (APG(scale, eta=1.0), APG(scale, eta=1.0, threshold=math.inf), APG(scale, eta=1.0, threshold=1e9)):
+        run = Run(off)
+        assert unequal(run.out, cfg.out) < 1e-9
+        assert run.nfe == cfg.nfe
+
+
+def in_space(made: Guidance, space: noise.Space) -> Guidance:
+    """The same guidance whose innermost method sees its predictions in another space."""
+    if hasattr(made, "inner"):
+        return replace(made, inner=in_space(made.inner, space))
+    cls = type(f"_{type(made).__name__}In{space}", (type(made),), {"space": space})
+    return cls(**{f.name: getattr(made, f.name) for f in fields(made)})
+
+
+@every_example
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("space", ["eps", "v", "flow"])
+def test_affine_rules_agree_in_every_space(text: str, space: noise.Space, path: str) -> None:
+    x0 = Run(parse(text), "euler", path=PATHS[path])
+    other = Run(in_space(parse(text), space), "euler", path=PATHS[path])
+    difference = unequal(other.out, x0.out)
+    if any(f"{name}(" in text for name in NON_AFFINE):
+        assert difference > 1e-3, f"{text} is the same in every space: take it off NON_AFFINE"
+    else:
+        assert difference < 1e-9
+        assert other.nfe == x0.nfe
+
+
+@every_example
+def test_ledger_counts_the_rows_of_each_sample(text: str) -> None:
+    run = Run(parse(text))
+    rows = [a + b for a, b in zip(run.main.rows(4), run.weak.rows(4), strict=True)]
+    assert run.nfe == rows
+    assert run.guided.ledger.calls == len(run.main.ids) + len(run.weak.ids)
+    assert sum(r["rows"] for r in run.guided.trace.rows) == sum(rows)
+
+
+@every_example
+def test_planned_branches_are_the_evaluated_ones(text: str) -> None:
+    made = parse(text)
+    run = Run(made)
+    for row, labels in zip(run.guided.trace.rows, run.main.labels, strict=True):
+        assert (-1 in labels) == ("uncond" in row["branches"].split("+"))
+        assert len(labels) <= row["rows"]
+
+
+@every_example
+@pytest.mark.parametrize("sampler", ["euler", "heun(churn=20)", "euler_ancestral", "dpmpp_2m"])
+def test_permuting_the_batch_permutes_the_result(text: str, sampler: str) -> None:
+    order = (2, 0, 3, 1)
+    run, permuted = Run(parse(text), sampler), Run(parse(text), sampler, rows=order)
+    assert unequal(permuted.out, run.out[list(order)]) < 1e-9
+    assert permuted.nfe == [run.nfe[i] for i in order]
+
+
+@every_example
+def test_a_row_alone_is_the_row_in_its_batch(text: str) -> None:
+    run = Run(parse(text), "heun(churn=20)")
+    for i in range(4):
+        alone = Run(parse(text), "heun(churn=20)", rows=(i,))
+        assert unequal(alone.out[0], run.out[i]) < 1e-9
+        assert alone.nfe == [run.nfe[i]]
+
+
+@every_example
+def test_two_runs_of_one_object_do_not_touch(text: str) -> None:
+    made = parse(text)
+    separate = [Run(made, "euler", rows=rows, steps=5).out for rows in ((0, 1), (2, 3, 0))]
+
+    class Stepper:
+        """One run that can be moved on a single step at a time."""
+
+        def __init__(self, rows: tuple[int, ...]) -> None:
+            index = list(rows)
+            models = {"main": MAIN, "weak": WEAK}
+            self.guided = base_run(models, made, index)
+            self.grid = noise.karras(5, 0.05, 3.0)
+            self.x = start_of(index)
+
+        def step(self, i: int) -> None:
+            here, there = float(self.grid[i]), float(self.grid[i + 1])
+            info = StepInfo(i, 5, i / 4, "step", here, there, 1.0, here, self.x)
+            denoised = self.guided(info).denoised
+            self.x = denoised + there / here * (self.x - denoised)
+
+    interleaved = [Stepper((0, 1)), Stepper((2, 3, 0))]
+    for i in range(5):
+        for run in interleaved:
+            run.step(i)
+    for run, alone in zip(interleaved, separate, strict=True):
+        assert unequal(run.x, alone) < 1e-9
+
+
+def base_run(models: Any, made: Guidance, index: list[int]) -> Any:
+    from genkit.denoiser import Guided
+
+    return Guided(models, made, conditions(LABELS[index]), len(index))
+
+
+def start_of(index: list[int]) -> Tensor:
+    from genkit.random import Gaussian
+
+    return 3.0 * Gaussian(index)(torch.empty(len(index), *SHAPE, dtype=torch.float64))
+
+
+# ---- random numbers ----
+
+
+@every_example
+def test_guidance_leaves_the_global_generator_alone(text: str) -> None:
+    before = torch.get_rng_state()
+    Run(parse(text), "heun(churn=20)")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_example
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_no_number_is_drawn_where_its_scale_is_0(text: str, sampler: str) -> None:
+    def refuse(like: Tensor, step: int) -> Tensor:
+        raise AssertionError(f"noise drawn in step {step}")
+
+    solver = SAMPLERS[sampler]
+    quiet = solver(**{name: 0.0 for name in solver.options if name in ("eta", "churn")})
+    guided = base_run({"main": MAIN, "weak": WEAK}, parse(text), [0, 1])
+    out = sample(guided, start_of([0, 1]), noise.karras(3, 0.05, 3.0), quiet, VE, noise=refuse)
+    assert torch.isfinite(out).all()
+
+
+# ---- new classes ----
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_new_class_is_found_by_name() -> None:
+    @dataclass(frozen=True)
+    class Halfway(Guidance):
+        """Between the two predictions."""
+
+        share: float = 0.5
+        examples: ClassVar[tuple[str, ...]] = ("Halfway(0.25)",)
+
+        def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
+            return COND, base.UNCOND
+
+        def rule(self, info: StepInfo, predictions: Any, state: Any) -> tuple[Result, Any]:
+            return Result(predictions["cond"].lerp(predictions["uncond"], self.share)), state
+
+    assert registry()["Halfway"] is Halfway
+    made = parse("Interval(Halfway(share=0.25), 0, 1)")
+    assert made == Interval(Halfway(0.25), 0, 1)
+    assert parse(repr(made)) == made
+    assert unequal(Run(parse("Halfway(0.25)")).out, Run(CFG(0.75)).out) < 1e-9
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_private_class_is_not_listed() -> None:
+    @dataclass(frozen=True)
+    class _Hidden(NoGuidance):
+        pass
+
+    assert not {"_Hidden", "_Combinator", "Guidance"} & set(registry())
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_an_entry_point_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    class Point:
+        def load(self) -> None:
+            loads.append(1)
+
+            class FromPlugin(NoGuidance):
+                pass
+
+    monkeypatch.setattr(guidance_package, "_plugins_loaded", False)
+    monkeypatch.setattr(guidance_package, "entry_points", lambda group: [Point()] if group == "genkit.guidance" else [])
+    assert "FromPlugin" in registry()
+    assert type(parse("FromPlugin()")).__name__ == "FromPlugin"
+    assert len(loads) == 1
+
+
+def test_path_fixture_covers_every_path() -> None:
+    assert all(isinstance(path, Path) for path in PATHS.values())
