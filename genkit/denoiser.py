@@ -114,6 +114,8 @@ class Guided:
 
     def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
         """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model."""
+        if len(info.x) != self.batch:
+            raise ValueError(f"x has {len(info.x)} rows, but this run was made for batch={self.batch}; make one Guided per batch")
         model = branches[0].model
         if all(b.mask is None and b.model == model for b in branches):
             return self._evaluate_whole(info, branches, model)
@@ -182,22 +184,27 @@ class Guided:
         }
         row.update(result.stats)
         if self.level == "full":
-            row.update(_measure(info, predictions, result))
+            row.update(_measure(info, branches, predictions, result))
         self.trace.add(row)
 
 
-def _measure(info: StepInfo, predictions: Mapping[str, Tensor], result: Result) -> dict[str, float]:
+def _measure(info: StepInfo, branches: tuple[Branch, ...], predictions: Mapping[str, Tensor], result: Result) -> dict[str, float]:
     out: dict[str, float] = {}
     with torch.no_grad():  # statistics only
-        if "uncond" in predictions:
+        for branch in (b for b in branches if b.name == "uncond"):
             a, b = ((info.x - info.alpha * predictions[n]).flatten(1) for n in ("cond", "uncond"))
-            out["cosine"] = float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean())
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).cpu()
+            out["cosine"] = float((cosine if branch.mask is None else cosine[branch.mask]).mean())
         out["update_norm"] = float(torch.linalg.vector_norm((result.denoised - predictions["cond"]).flatten(1), dim=1).mean())
     return out
 
 
 def _join(parts: list[Condition]) -> Condition:
     first = parts[0]
+    if len({type(part) for part in parts}) > 1:
+        raise ValueError(
+            f"conditions are of different kinds ({', '.join(type(p).__name__ for p in parts)}); give all branches the same"
+        )
     if len(parts) == 1 or first is None:
         return first
     if isinstance(first, Mapping):

@@ -43,11 +43,11 @@ class Request:
             raise InputError("--num-samples", f"got {self.num_samples}; at least {MIN_SAMPLES} works")
         if not self.guidances:
             raise InputError("--guidance", "none given; for example --guidance 'CFG(3.0)'")
-        seen: dict[str, str] = {}
+        seen: dict[Any, str] = {}
         for text, guidance in self.guidances:
-            if repr(guidance) in seen:
-                raise InputError("--guidance", f"{text} is given twice (also as {seen[repr(guidance)]})")
-            seen[repr(guidance)] = text
+            if guidance in seen:
+                raise InputError("--guidance", f"{text} is given twice (also as {seen[guidance]})")
+            seen[guidance] = text
 
 
 def make_config(

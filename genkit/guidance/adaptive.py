@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +42,7 @@ class Adaptive(_Combinator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "threshold", -1.0, 1e9)
+        check_number(self, "threshold", -1.0, math.inf)
 
     def init(self, batch: int) -> AdaptiveState:
         everyone = torch.ones(batch, dtype=torch.bool)

@@ -46,7 +46,7 @@ class APG(Guidance):
     def __post_init__(self) -> None:
         for name in ("scale", "eta"):
             check_number(self, name)
-        check_number(self, "momentum", math.nextafter(-1, 0), math.nextafter(1, 0))
+        check_number(self, "momentum", -1.0, 1.0, inside=True)
         check_number(self, "threshold", 0.0, math.inf)
 
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -73,8 +74,17 @@ class Guidance:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "__repr__" not in cls.__dict__:  # else @dataclass writes one with the qualified name, which parse does not read
+            type.__setattr__(cls, "__repr__", cls.__repr__)
+        known = _CLASSES.get(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise TypeError(f"a guidance named {cls.__name__!r} exists already in {known.__module__}; give yours another name")
         if not cls.__name__.startswith("_"):
             _CLASSES[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        """The expression that makes this object."""
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
 
     def init(self, batch: int) -> Any:
         """State of a new run over ``batch`` samples; it belongs to the run and is handed back at every call."""
@@ -108,13 +118,21 @@ def classes() -> dict[str, type[Guidance]]:
     return dict(_CLASSES)
 
 
-def check_number(owner: object, name: str, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise ValueError unless field ``name`` of ``owner`` is a real number in [low, high] (never NaN)."""
+def check_number(owner: object, name: str, low: float = -math.inf, high: float = math.inf, inside: bool = False) -> None:
+    """Raise ValueError unless field ``name`` of ``owner`` is a real number in [low, high], or in (low, high) if ``inside``.
+
+    Never NaN; infinite only where ``low`` is finite and ``high`` is inf. The field becomes a Python float.
+    """
     value = getattr(owner, name)
     valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not valid or (math.isinf(value) and not (value in (low, high) and high == math.inf)):
-        bounds = "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number from {low:g} to {high:g}"
+    if valid and abs(value) > sys.float_info.max:  # infinite, or an integer that no float can hold
+        valid = value == math.inf and low > -math.inf
+    if not valid or (inside and value in (low, high)):
+        bounds = f"a number strictly between {low:g} and {high:g}" if inside else f"a number from {low:g} to {high:g}"
+        bounds = bounds if low > -math.inf else "a finite number"
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be {bounds}")
+    if type(value) is not float:  # CFG(3) and CFG(3.0) are one object, with one repr
+        object.__setattr__(owner, name, float(value))
 
 
 def check_guidance(owner: object, name: str = "inner") -> None:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from genkit.guidance.base import Guidance, signature
+
 MAX_LENGTH = 2000
 MAX_DEPTH = 20
 
@@ -28,7 +30,7 @@ def build(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> Any:
     if len(text) > MAX_LENGTH:
         raise ValueError(f"{what} is {len(text)} characters long; at most {MAX_LENGTH} are read")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        tree = ast.parse(text := text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"{what}={text!r} is not an expression ({getattr(error, 'msg', error)}); write {_example(names)}"
@@ -64,19 +66,22 @@ class _Builder:
                 return self.make(node.id, [], {})
             raise ValueError(self.unknown(node.id))
         raise ValueError(
-            f"{self.what}: {ast.unparse(node)!r} is not allowed; only names from the list below, numbers and strings are. "
+            f"{self.what}: {self.source(node)!r} is not allowed; only names from the list below, numbers and strings are. "
             f"Known names: {', '.join(sorted(self.names))}"
         )
 
     def call(self, node: ast.Call, depth: int) -> Any:
         if not isinstance(node.func, ast.Name):
             raise ValueError(
-                f"{self.what}: {ast.unparse(node.func)!r} cannot be called; known names: {', '.join(sorted(self.names))}"
+                f"{self.what}: {self.source(node.func)!r} cannot be called; known names: {', '.join(sorted(self.names))}"
             )
         if node.func.id not in self.names:
             raise ValueError(self.unknown(node.func.id))
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
-            raise ValueError(f"{self.what}: * and ** are not allowed in {ast.unparse(node)!r}")
+            raise ValueError(f"{self.what}: * and ** are not allowed in {self.source(node)!r}")
+        repeated = [k.arg for i, k in enumerate(node.keywords) if k.arg in [other.arg for other in node.keywords[:i]]]
+        if repeated:
+            raise ValueError(f"{self.what}: {repeated[0]} is given twice in {self.source(node)!r}")
         args = [self.value(a, depth + 1) for a in node.args]
         kwargs = {str(k.arg): self.value(k.value, depth + 1) for k in node.keywords}
         return self.make(node.func.id, args, kwargs)
@@ -85,8 +90,15 @@ class _Builder:
         try:
             return self.names[name](*args, **kwargs)
         except (TypeError, ValueError) as error:
-            message = str(error).replace(f"{name}.__init__()", name)
+            made, message = self.names[name], str(error).replace(f"{name}.__init__()", name)
+            if isinstance(made, type) and issubclass(made, Guidance) and message != str(error):  # arguments that do not fit
+                message += f"; write {signature(made)}"
             raise ValueError(f"{self.what}: {message}") from None
+
+    def source(self, node: ast.AST) -> str:
+        """The piece of text a node stands for, shortened (``ast.unparse`` fails on deep nesting)."""
+        piece = ast.get_source_segment(self.text, node) or ""
+        return piece if len(piece) <= 60 else f"{piece[:57]}..."
 
     def unknown(self, name: str) -> str:
         lowered = {known.lower(): known for known in self.names}

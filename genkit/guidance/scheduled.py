@@ -67,7 +67,7 @@ class Scheduled(_Combinator):
             raise ValueError(f"Scheduled: shape={self.shape!r} is unknown; use one of {', '.join(SHAPES)}")
         if not isinstance(self.preserve_mean, bool):
             raise ValueError(f"Scheduled: preserve_mean={self.preserve_mean!r} must be True or False")
-        check_number(self, "power", math.nextafter(0, 1), 1e6)
+        check_number(self, "power", 0.0, 1e6, inside=True)
         check_number(self, "clamp", 0.0, 1e6)
 
     def at(self, info: StepInfo) -> StepInfo:

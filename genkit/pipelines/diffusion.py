@@ -18,7 +18,7 @@ from genkit.guidance.base import Result, StepInfo
 from genkit.pipelines.output import Output
 from genkit.random import Gaussian, check_seeds
 from genkit.samplers.diffusion import Sampler, find_sampler, sample, start
-from genkit.samplers.diffusion.loop import Callback
+from genkit.samplers.diffusion.loop import Callback, points
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ClassPipeline:
         *,
         sampler: str | Sampler = "heun",
         steps: int = 18,
-        grid: str | Tensor | None = None,
+        grid: str | Tensor | Sequence[float] | None = None,
         batch_size: int | None = None,
         trace: TraceLevel = "basic",
         progress: bool = False,
@@ -124,25 +124,28 @@ class ClassPipeline:
         x = start(Gaussian(seeds, stream=0)(like), sigmas, path)
         return sample(run, x, sigmas, solver, path, Gaussian(seeds, stream=1), callback)
 
-    def _grid(self, solver: Sampler, steps: int, grid: str | Tensor | None) -> Tensor:
-        if isinstance(grid, Tensor):
-            return grid.double()
+    def _grid(self, solver: Sampler, steps: int, grid: str | Tensor | Sequence[float] | None) -> Tensor:
+        if isinstance(grid, Tensor | Sequence) and not isinstance(grid, str):
+            try:
+                levels = torch.as_tensor(grid, dtype=torch.float64)
+            except (TypeError, ValueError):
+                raise ValueError(f"grid={grid!r}: give noise levels as numbers") from None
+            points(levels, solver.path or self.models["main"].path)
+            return levels
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
             raise ValueError(f"steps={steps!r}: use an integer from 1 to 10000")
         name = solver.grid if grid is None else grid
-        if name not in noise.GRIDS:
+        if not isinstance(name, str) or name not in noise.GRIDS:
             raise ValueError(
                 f"grid={grid!r} is unknown; use one of {', '.join(noise.GRIDS)}, or a tensor of falling noise levels"
             )
         return noise.GRIDS[name](steps, self.sigma_min, self.sigma_max)
 
     def _pair(self, classes: Any, seeds: Any) -> tuple[list[int], list[int]]:
-        many = list(classes) if isinstance(classes, Sequence | Tensor) and not isinstance(classes, str) else [classes]
-        labels = [self.class_index(int(c) if isinstance(c, Tensor) and not c.is_floating_point() else c) for c in many]
+        labels = [self.class_index(c) for c in _values(classes)]
         if not labels:
             raise ValueError("classes is empty: give at least one class")
-        listed = range(len(labels)) if seeds is None else [seeds] if isinstance(seeds, int) else seeds
-        numbers = check_seeds(listed)
+        numbers = check_seeds(range(len(labels)) if seeds is None else _values(seeds))
         if len(labels) == 1:
             labels = labels * max(1, len(numbers))
         elif len(numbers) == 1 and not isinstance(seeds, Sequence):
@@ -163,6 +166,13 @@ class ClassPipeline:
             names = ", ".join(self.class_names)
             raise ValueError(f"classes contains {value!r}: use an index from 0 to {self.num_classes - 1} or a name ({names})")
         return value
+
+
+def _values(given: Any) -> list[Any]:
+    """One value or many (list, range, tensor, array) as a list of plain Python values."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    many = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str) else [plain]
+    return [v.item() if hasattr(v, "item") else v for v in many]
 
 
 def as_guidance(value: Guidance | str | float | Mapping[str, Any] | None) -> Guidance:

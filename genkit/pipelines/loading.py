@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -79,9 +80,11 @@ def load_checkpoint(path: Path) -> tuple[EDMDenoiser, dict[str, Any]]:
         ) from None
     about = _about(path, metadata)
     try:
-        denoiser = EDMDenoiser(UNet(UNetConfig(**about["network"])), float(about["sigma_data"]))
+        network = UNet(UNetConfig(**about["network"]))
+        denoiser = EDMDenoiser(network, float(about["sigma_data"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"model={str(path)!r}: its network description does not fit this version of genkit ({error})") from None
+    _agree(path, about, network.config.num_classes)
     _fit(path, denoiser, weights)
     # Plain eval-mode weights; channels-last is what the CPU convolutions are fastest in.
     return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last), about  # type: ignore[call-overload]
@@ -98,6 +101,16 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"model={str(path)!r}: its metadata lacks {', '.join(sorted(missing))}")
     return about
+
+
+def _agree(path: Path, about: Mapping[str, Any], classes: int) -> None:
+    names, low, high = about["class_names"], about["sigma_min"], about["sigma_max"]
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"model={str(path)!r}: its metadata has class_names={names!r}, but its network has {classes} classes")
+    if not all(isinstance(v, int | float) for v in (low, high)) or not 0 < low < high < math.inf:
+        raise ValueError(
+            f"model={str(path)!r}: its metadata has sigma_min={low!r}, sigma_max={high!r}; 0 < sigma_min < sigma_max is needed"
+        )
 
 
 def _fit(path: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> None:

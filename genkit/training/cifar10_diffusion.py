@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from genkit.denoiser import EDMDenoiser
 from genkit.models.unet import UNet, UNetConfig
-from genkit.pipelines.loading import save_checkpoint
+from genkit.pipelines.loading import load_checkpoint, save_checkpoint
 from genkit.training.cifar10_data import CLASS_NAMES, load_split
 
 
@@ -125,6 +125,13 @@ class Trainer:
         if (out / "checkpoint.pt").exists():
             self.load()
 
+    def start_from(self, path: Path) -> None:
+        """Go on from exported weights where no checkpoint is left: their image count carries over, the optimizer starts anew."""
+        denoiser, about = load_checkpoint(path)
+        self.plain().load_state_dict(denoiser.state_dict())
+        self.ema.load_state_dict(denoiser.state_dict())
+        self.step, self.seconds = int(about["images"]) // self.recipe.batch, float(about.get("seconds", 0.0))
+
     @property
     def seen(self) -> int:
         return self.step * self.recipe.batch
@@ -200,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/train/cifar10_diffusion"), help="checkpoints; a run found here is resumed"
     )
+    parser.add_argument("--start-from", type=Path, help="exported weights to go on from, if --out holds no checkpoint")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument(
@@ -212,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     config = UNetConfig(channels=tuple(args.channels), blocks=args.blocks, attention=(len(args.channels) - 1,))
     images, labels = load_split(args.data, "train")
     trainer = Trainer(config, recipe, args.out)
+    if args.start_from and trainer.step == 0:
+        trainer.start_from(args.start_from)
     (args.out).mkdir(parents=True, exist_ok=True)
     record = {"network": asdict(config), "recipe": asdict(recipe), "precision": trainer.precision}
     (args.out / "config.json").write_text(json.dumps(record, indent=2))

@@ -10,6 +10,9 @@ from genkit_eval.extractors import Extractor
 from genkit_eval.metrics import Sample
 from genkit_eval.metrics.moments import moments_of
 from genkit_eval.reference import Reference
+from genkit_eval.report import plots
+from genkit_eval.report.grid import png_bytes
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,3 +54,10 @@ def reference_file(tmp_path: Path, reference_features: Tensor, extractor: Extrac
 @pytest.fixture
 def runner(extractor: Extractor, reference: Reference, tmp_path: Path) -> Runner:
     return Runner(extractor, reference, tmp_path / "run")
+
+
+@pytest.fixture
+def plain_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No drawing: it takes most of the time of a tiny run, and one test of the report looks at real plots."""
+    for name in ("against", "traces"):
+        monkeypatch.setattr(plots, name, lambda *args: png_bytes(Image.new("RGB", (2, 2))))

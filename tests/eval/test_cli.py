@@ -17,7 +17,7 @@ from tests.eval.standins import FakePipeline
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, extractor: Extractor, reference_file: Path) -> FakePipeline:
+def tiny(monkeypatch: pytest.MonkeyPatch, extractor: Extractor, reference_file: Path, plain_plots: None) -> FakePipeline:
     """The stand-ins behind the real command."""
     pipe = FakePipeline()
     own = Extractor(extractor.name, extractor.label, extractor.sha256, extractor.resize, extractor.features, reference_file)

@@ -181,7 +181,7 @@ def test_frechet_interval_covers_the_expectation_about_as_often_as_it_says() -> 
     held = 0
     for i in range(40):
         pair = fake(10_000 + i)
-        low, high = interval(spec.value(pair), spec.replicates(pair, draw_counts(120, 300, 100, seed=i)), level=0.9)
+        low, high = interval(spec.value(pair), spec.replicates(pair, draw_counts(120, 300, 50, seed=i)), level=0.9)
         held += low <= expectation <= high
     assert 0.75 <= held / 40 <= 1.0
 

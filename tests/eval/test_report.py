@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from genkit_eval.cli import invoke
+from genkit_eval.extractors import Extractor
+from genkit_eval.reference import Reference
 from genkit_eval.report.build import build_report
 from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
 from genkit_eval.run import compare_sheet
@@ -50,11 +53,21 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-@pytest.fixture
-def page(runner: Runner, pipe: FakePipeline) -> tuple[str, Path]:
-    found = runner(pipe, *TEXTS)
+@pytest.fixture(scope="module")
+def made(extractor: Extractor, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its report."""
+    runner = Runner(extractor, reference, tmp_path_factory.mktemp("report") / "run")
+    found = runner(FakePipeline(), *TEXTS)
     compare_sheet(runner.out, found)
-    return build_report(runner.out).read_text(encoding="utf-8"), runner.out
+    build_report(runner.out)
+    return runner.out
+
+
+@pytest.fixture
+def page(made: Path, tmp_path: Path) -> tuple[str, Path]:
+    """The report's text, and a copy of the run to change."""
+    shutil.copytree(made, tmp_path / "copy")
+    return (made / "report.html").read_text(encoding="utf-8"), tmp_path / "copy"
 
 
 def test_it_holds_everything_and_asks_for_nothing(page: tuple[str, Path]) -> None:
@@ -98,7 +111,7 @@ def test_the_table_has_every_guidance_and_number(page: tuple[str, Path]) -> None
         assert needed in text
 
 
-def test_names_are_escaped(page: tuple[str, Path]) -> None:
+def test_names_are_escaped(page: tuple[str, Path], plain_plots: None) -> None:
     _, out = page
     results = json.loads((out / "results.json").read_text())
     results["guidances"][0]["label"] = "<script>alert(1)</script>"
@@ -139,7 +152,7 @@ def test_text_table_marks_the_best(page: tuple[str, Path]) -> None:
     assert sum(cell.best for cell in first.cells) >= 1
 
 
-def test_one_guidance_has_no_best(runner: Runner, pipe: FakePipeline) -> None:
+def test_one_guidance_has_no_best(runner: Runner, pipe: FakePipeline, plain_plots: None) -> None:
     found = runner(pipe, "none")
     assert "*" not in text_table(found)
     build_report(runner.out)

@@ -145,7 +145,7 @@ def test_different_sample_counts_are_not_subtracted(runner: Runner, pipe: FakePi
 def test_another_configuration_in_the_folder_is_refused(runner: Runner, pipe: FakePipeline) -> None:
     runner(pipe, "none", n=20)
     stamp = [path.stat().st_mtime_ns for path in blocks(runner.out)]
-    with pytest.raises(InputError, match="--out: .* steps is 3 there and 4 here. Choose another folder, or --overwrite"):
+    with pytest.raises(InputError, match=r"--out: .* steps is 3 there and 4 here\. Choose another folder, or --overwrite"):
         runner(FakePipeline(), "none", n=20, steps=4)
     assert [path.stat().st_mtime_ns for path in blocks(runner.out)] == stamp
     found = runner(FakePipeline(), "none", n=20, steps=4, overwrite=True)
@@ -170,7 +170,7 @@ def test_an_unwritable_folder_is_found_before_work(runner: Runner, pipe: FakePip
 
 
 def test_a_disk_that_fills_up_is_one_clear_error(runner: Runner) -> None:
-    with pytest.raises(InputError, match="--out: cannot write in .*No space left"):
+    with pytest.raises(InputError, match=r"--out: cannot write in .*No space left"):
         runner(FakePipeline(stop_after=10, error=OSError(28, "No space left on device")), "none")
     assert len(blocks(runner.out)) == 1
 
@@ -222,8 +222,8 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(path, {"a": float("nan")})
-    with pytest.raises(OSError, match=""):
-        write_bytes(path / "below", b"")
+    with pytest.raises((NotADirectoryError, FileExistsError)):
+        write_bytes(path / "below" / "y", b"")
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
 
@@ -244,7 +244,7 @@ def test_reference_file(reference_file: Path, extractor: Extractor, tmp_path: Pa
     assert len(found.sha256) == 64
     assert not found.sample.owns_moments
     other = Extractor("other", "OTHER", "b" * 64, "none", extractor.features)
-    with pytest.raises(InputError, match="--reference: .* was made with extractor eeee"):
+    with pytest.raises(InputError, match=r"--reference: .* was made with extractor eeee"):
         load_reference(reference_file, other)
     with pytest.raises(InputError, match="no reference of its own"):
         load_reference(None, extractor)

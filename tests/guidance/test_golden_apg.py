@@ -1,8 +1,8 @@
 """APG against diffusers 0.42.1 and ACE-Step.
 
-Three forms are around, with the same update ``u = d_perp + eta d_par``. Ours is the paper's, ``D_c + (w - 1) u`` (keys ``paper_``).
-Keys ``_orig`` are ``D_c + w u``: our scale is theirs plus 1. Keys ``_native`` are ``D_u + w u``, which no scale of ours gives (at eta = 0 it
-is not the conditional prediction at w = 1): it is our result at scale w + 1, moved from D_c to D_u.
+Three forms are around, with the same update ``u = d_perp + eta d_par``. Ours is the paper's, ``D_c + (w - 1) u`` (keys
+``paper_``). Keys ``_orig`` are ``D_c + w u``: our scale is theirs plus 1. Keys ``_native`` are ``D_u + w u``, which no scale of
+ours gives (at eta = 0 it is not the conditional prediction at w = 1): it is our result at scale w + 1, moved from D_c to D_u.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def pair(name: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ARRAYS[f"{name}_cond"]), torch.from_numpy(ARRAYS[f"{name}_uncond"])
 
 
-def one_step(guidance: Guidance, cond: Tensor, uncond: Tensor, state: Any = None, index: int = 0, total: int = 1) -> tuple[Tensor, Any]:
+def one_step(
+    guidance: Guidance, cond: Tensor, uncond: Tensor, state: Any = None, index: int = 0, total: int = 1
+) -> tuple[Tensor, Any]:
     result, state = guidance.combine(step_info(cond, index, total), {"cond": cond, "uncond": uncond}, state)
     return result.denoised, state
 

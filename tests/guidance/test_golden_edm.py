@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ class _Auto(Guidance):
 class Trajectory:
     """A Heun run from the recorded latents, with the state and level at the first evaluation of every step."""
 
-    def __init__(self, models: Any, guidance: Guidance, arrays: Any, steps: int, options: dict[str, float], draws: Fixed | None) -> None:
+    def __init__(
+        self, models: Any, guidance: Guidance, arrays: Any, steps: int, options: dict[str, float], draws: Fixed | None
+    ) -> None:
         labels, latents = torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["latents"])
         self.guided = Guided(models, guidance, conditions(labels), len(labels))
         self.x: list[Tensor] = []
@@ -71,16 +74,20 @@ def test_rebuilt_denoiser() -> None:
 @pytest.mark.parametrize("case", [pytest.param(c, id=c["key"]) for c in INTERVAL_META["cases"]])
 def test_official_interval_sampler(case: dict[str, Any]) -> None:
     key, steps = case["key"], case["num_steps"]
-    want = {name: INTERVAL[f"{key}__{name}"] for name in ("x_euler", "sigma_euler", "D_cond_euler", "final", "call_sigma", "call_is_uncond")}
+    names = ("x_euler", "sigma_euler", "D_cond_euler", "final", "call_sigma", "call_is_uncond")
+    want = {name: INTERVAL[f"{key}__{name}"] for name in names}
     options, draws = {}, None
     if "S_churn" in case:
-        options = {"churn": case["S_churn"], "churn_min": case["S_min"], "churn_max": case["S_max"], "churn_noise": case["S_noise"]}
+        theirs = {"churn": "S_churn", "churn_min": "S_min", "churn_max": "S_max", "churn_noise": "S_noise"}
+        options = {name: case[s] for name, s in theirs.items()}
         draws = Fixed(torch.from_numpy(INTERVAL[f"{key}__noise"]))
     net = Counting(Mixture.from_golden(INTERVAL))
     run = Trajectory(net, interval_guidance(case), INTERVAL, steps, options, draws)
 
     torch.testing.assert_close(run.final.float(), torch.from_numpy(want["final"]), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(run.s, dtype=torch.float64), torch.from_numpy(want["sigma_euler"]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(run.s, dtype=torch.float64), torch.from_numpy(want["sigma_euler"]), rtol=1e-12, atol=0
+    )
     # recorded where the first evaluation of a step is made: with churn, after it has moved x
     torch.testing.assert_close(torch.stack(run.x), torch.from_numpy(want["x_euler"]), rtol=1e-9, atol=1e-9)
 
@@ -92,7 +99,7 @@ def test_official_interval_sampler(case: dict[str, Any]) -> None:
     # they make one network call a branch, the unconditional one first; ours come in one call
     calls = [(float(s[0]), uncond) for s in net.sigmas for uncond in (True, False)[len(s) == batch :]]
     assert [uncond for _, uncond in calls] == want["call_is_uncond"].tolist()
-    torch.testing.assert_close(torch.tensor([s for s, _ in calls]).double(), torch.from_numpy(want["call_sigma"]), rtol=1e-6, atol=0)
+    np.testing.assert_allclose([sigma for sigma, _ in calls], want["call_sigma"], rtol=1e-12)
     counted = [label < 0 for labels in net.labels for label in labels]
     assert counted.count(False) == INTERVAL[f"{key}__nfe_cond"] * batch
     assert counted.count(True) == INTERVAL[f"{key}__nfe_uncond"] * batch

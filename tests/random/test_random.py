@@ -57,14 +57,14 @@ def test_streams_are_not_neighbouring_seeds():
 
 
 def test_the_global_generators_are_left_alone(source):
-    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     first = source([5])(like(1))
     torch.manual_seed(99)
     assert torch.equal(first, source([5])(like(1)))
     torch.set_rng_state(before)
     source([5])(like(1))
     assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == legacy).all()
+    assert (np.random.get_state()[1] == legacy).all()  # noqa: NPY002
 
 
 def test_gaussian_law():

@@ -10,7 +10,7 @@ from genkit_eval.errors import InputError
 from genkit_eval.files import read_json, write_bytes
 from genkit_eval.report import plots
 from genkit_eval.results import RESULTS, SCHEMA
-from genkit_eval.table import columns_of
+from genkit_eval.table import columns_of, metric_order
 
 TEMPLATE = "template.html.j2"
 
@@ -68,7 +68,7 @@ def differences(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for entry in entries[1:]:
         cells = []
-        for metric in entry["metrics"].values():
+        for metric in (entry["metrics"][name] for name in metric_order(entry["metrics"])):
             gap = metric.get("difference")
             if gap is not None:
                 low, high = gap["interval"]

@@ -73,9 +73,9 @@ def traces(entries: list[dict[str, Any]]) -> bytes | None:
         for index, entry in enumerate(entries):
             sigma, values = _series(entry, quantity)
             # Thinner towards the last, so that lines which coincide stay visible.
-            ax.plot(
-                sigma, values, "o-", ms=3, lw=max(1.0, 4.0 - 0.7 * index), color=colour(index), label=entry["label"], alpha=0.85
-            )
+            width = max(1.0, 4.0 - 0.7 * index)
+            style = "default" if quantity == "cosine" else "steps-mid"
+            ax.plot(sigma, values, "o-", ms=3, lw=width, color=colour(index), label=entry["label"], alpha=0.85, drawstyle=style)
         ax.set_ylabel(TRACED[quantity], fontsize=9)
         ax.set_xscale("log")
         _plain(ax)

@@ -36,7 +36,8 @@ def ancestral(step: Step, x: Tensor, eta: float) -> Tensor:
     At eta = 1 the ancestral (DDPM posterior) step. No noise is drawn where sigma_up is 0.
     """
     here, there = step.here, step.there
-    up = eta * there.sigma * math.sqrt(max(0.0, 1 - (there.sigma / here.sigma) ** 2))
+    # Above sigma' the state would be noisier than its level says; eta large enough makes all of its noise fresh.
+    up = min(there.sigma, eta * there.sigma * math.sqrt(max(0.0, 1 - (there.sigma / here.sigma) ** 2)))
     if up == 0:
         return euler(step, x, None)[0]
     result = step.denoise(x)

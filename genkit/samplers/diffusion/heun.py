@@ -24,7 +24,8 @@ def heun(
     where churn_min <= sigma <= churn_max, with fresh noise scaled by churn_noise.
     """
     here, there = step.here, step.there
-    gamma = min(churn / step.total, math.sqrt(2) - 1) if churn_min <= here.sigma <= churn_max else 0.0
+    churned = churn_min <= here.sigma <= churn_max and here.sigma < math.inf  # pure noise cannot be made noisier
+    gamma = min(churn / step.total, math.sqrt(2) - 1) if churned else 0.0
     if gamma > 0:
         sigma = here.sigma * (1 + gamma)
         hat = Point(sigma, *step.path(sigma))

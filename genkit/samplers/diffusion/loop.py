@@ -126,7 +126,7 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
 
 def points(sigmas: Tensor, path: Path) -> list[Point]:
     """The grid on a path. Raises ValueError unless sigmas (N + 1,) fall strictly, the last one being >= 0."""
-    values = [float(v) for v in sigmas]
+    values = [float(v) for v in sigmas.flatten()]
     falling = all(a > b for a, b in itertools.pairwise(values))
     if sigmas.ndim != 1 or len(values) < 2 or not falling or not values[-1] >= 0:
         raise ValueError(

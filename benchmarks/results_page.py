@@ -1,0 +1,128 @@
+"""Write docs/results.md and its plot from the run files in docs/runs/ and the notes in docs/findings.md.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from genkit_eval.report.plots import against
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+COLUMNS = ("frechet", "kid", "precision", "recall", "density", "coverage", "saturation", "contrast")
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def cell(metric: dict[str, Any]) -> str:
+    text = number(metric["value"])
+    if not metric["interval"]:
+        return text
+    low, high = metric["interval"]
+    return f"{text} <sub>{number(low)} - {number(high)}</sub>"
+
+
+def table(run: dict[str, Any]) -> list[str]:
+    metrics = run["guidances"][0]["metrics"]
+    titles = [metrics[name]["title"] for name in COLUMNS]
+    lines = [f"| guidance | NFE | {' | '.join(titles)} | CPU s / image |", "|---|" + "---:|" * (len(COLUMNS) + 2)]
+    for entry in run["guidances"]:
+        cost = entry["cost"]
+        cells = [f"`{entry['label']}`", f"{cost['nfe_mean']:.1f}", *(cell(entry["metrics"][name]) for name in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} | {cost['seconds_cpu']:.3f} |")
+    return lines
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What the paired interval says about one expected direction."""
+    if row["metric"] == "nfe":
+        return "as claimed" if row["value"] < 0 else "not seen"
+    low, high = row["interval"]
+    if row["expected"] == "equal":
+        within = max(abs(low), abs(high)) <= 0.05 * abs(row["base"])
+        return "as claimed (within 5 %)" if within else "changed" if low > 0 or high < 0 else "undecided"
+    if row["expected"] == "lower":
+        low, high = -high, -low
+    return "as claimed" if low > 0 else "opposite" if high < 0 else "undecided"
+
+
+def claims(run: dict[str, Any]) -> list[str]:
+    lines = ["| claim | source | compared | change, with 95 % paired interval | verdict |", "|---|---|---|---|---|"]
+    titles = {name: metric["title"] for name, metric in run["guidances"][0]["metrics"].items()}
+    for claim in run["claims"]:
+        for row in claim["rows"]:
+            if row["metric"] == "nfe":
+                change = f"NFE {row['value']:+.0%}"
+            else:
+                low, high = row["interval"]
+                change = f"{titles[row['metric']]} {row['value']:+.4g} ({low:+.4g} to {high:+.4g})"
+            compared = f"`{claim['method']}` with `{claim['baseline']}`"
+            lines.append(f"| {claim['claim']} | {claim['source']} | {compared} | {change} | {verdict(row)} |")
+    return lines
+
+
+def made_with(run: dict[str, Any]) -> str:
+    hardware = run["hardware"]
+    cpu = hardware.get("cpu", "unknown")
+    return f"`{run['command']}` · {run['date'][:10]} · {cpu}, {hardware.get('cores')} cores"
+
+
+def quality(run: dict[str, Any]) -> list[str]:
+    g, first = run["generation"], run["guidances"][0]
+    about = (
+        f"Model `{g['model']}` (SHA-256 {g['model_sha256'][:12]}), {first['n']:,} images per guidance on shared seeds and "
+        f"labels, sampler `{g['sampler']}`, {g['steps']} steps. FD-{run['extractor']['label']} is the Frechet distance in the "
+        f"features of the built-in classifier ({run['extractor']['sha256'][:12]}) against all "
+        f"{run['reference']['num_images']:,} training images of CIFAR-10 (JPEG copy); it is no FID. Small figures are 95 % "
+        "bootstrap intervals."
+    )
+    ways = sorted({metric["variant"] for metric in first["metrics"].values()})
+    head = ["## Quality and cost", "", made_with(run), "", about, ""]
+    return [*head, *table(run), "", f"Protocols: {', '.join(ways)}.", "", "![FD against NFE](images/fd_nfe.png)", ""]
+
+
+def overhead(run: dict[str, Any]) -> list[str]:
+    lines = ["## Overhead beside the network", "", made_with(run), ""]
+    way = f"batch {run['batch']}, one thread, minimum of {run['repeats']} interleaved runs"
+    text = f"CPU microseconds a step with a no-op network, {way}."
+    rows = [f"| {name} | {value:.0f} |" for name, value in run["us_per_step"].items()]
+    return [*lines, text, "", "| loop | us / step |", "|---|---:|", *rows, ""]
+
+
+def savings(run: dict[str, Any]) -> list[str]:
+    lines = ["## Time follows the rows evaluated", "", made_with(run), ""]
+    way = f"batch {run['batch']}, {run['steps']} steps, one thread, minimum of {run['repeats']} interleaved runs"
+    text = f"CPU time with the built-in model, {way}."
+    head = ["| guidance | rows / image | ms / image | share of CFG's rows | share of CFG's time |", "|---|---:|---:|---:|---:|"]
+    rows = []
+    for name, r in run["guidances"].items():
+        figures = f"{r['rows_per_image']:.1f} | {r['ms_per_image']:.1f} | {r['share']['rows']:.3f} | {r['share']['time']:.3f}"
+        rows.append(f"| `{name}` | {figures} |")
+    return [*lines, text, "", *head, *rows, ""]
+
+
+def main() -> None:
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "runs").glob("*.json"))}
+    lines = [
+        "# Results",
+        "",
+        "This page is written by `python benchmarks/results_page.py` from the run files in `docs/runs/`.",
+        "",
+    ]
+    if "claims" in runs:
+        run = runs["claims"]
+        (DOCS / "images" / "fd_nfe.png").write_bytes(against(run["guidances"], "nfe", "frechet"))
+        lines += [*quality(run), "## The papers' claims", "", *claims(run), ""]
+        lines += [(DOCS / "findings.md").read_text().strip(), ""]
+    lines += overhead(runs["overhead"]) if "overhead" in runs else []
+    lines += savings(runs["savings"]) if "savings" in runs else []
+    (DOCS / "results.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
