@@ -25,14 +25,14 @@ GUIDANCES = (
     "none",
     "Interval(CFG(3.0), 0.28, 5.42)",
     "Interval(CFG(3.0), 0.1, 20.0)",
-    "Adaptive(CFG(3.0), 0.99)",
-    "Adaptive(CFG(3.0), 0.97)",
+    "Adaptive(CFG(3.0), 0.995, measure='x0')",
+    "Adaptive(CFG(3.0), 0.95, measure='x0')",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=0.10)

@@ -90,15 +90,18 @@ def run(
 @app.command()
 def quickstart(
     out: Out = Path("runs/quickstart"),
-    num_samples: Samples = 400,
-    steps: Steps = 18,
+    num_samples: Samples = 1000,
+    steps: Steps = 10,
     bootstrap: Replicates = 200,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare five guidances of one strength with the built-in model: a few minutes on two cores, no download."""
+    from dataclasses import replace
+
     from genkit_eval.command import QUICKSTART, RunOptions, execute
 
-    execute(RunOptions(list(QUICKSTART), out, num_samples=num_samples, steps=steps, bootstrap=bootstrap, overwrite=overwrite))
+    options = RunOptions(list(QUICKSTART), out, num_samples=num_samples, sampler="dpmpp_2m", steps=steps, block_size=100)
+    execute(replace(options, bootstrap=bootstrap, overwrite=overwrite))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from genkit_eval.score import Bootstrap
 from genkit_eval.table import text_table
 
 #: Five guidances of one strength, for a first look. The interval is the one that Kynkaanniemi et al. 2024 use for ImageNet-512.
-QUICKSTART = ("none", "CFG(3.0)", "Interval(CFG(3.0), 0.28, 5.42)", "APG(3.0)", "Interval(Adaptive(CFG(3.0)), 0.28, 5.42)")
+QUICKSTART = ("none", "CFG(3.0)", "Interval(CFG(3.0), 0.28, 5.42)", "APG(3.0)", "Adaptive(CFG(3.0), 0.995, measure='x0')")
 SEED_LIMIT = 2**31
 
 

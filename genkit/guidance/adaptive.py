@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +25,31 @@ class Adaptive(_Combinator):
     A sample leaves guidance for good after the step in which ``cos(eps_c, eps_u) >= threshold``, ``eps = (x - alpha D) / s``
     over all axes; each sample of a batch on its own, and always for whole steps.
 
+    At high noise levels eps is nearly x / s for any D, so its cosine starts near 1: a run that starts at a large sigma (EDM's
+    80) would stop at once. ``measure="x0"`` compares D_c with D_u instead, whose cosine rises during sampling.
+
     Args:
         inner: a guidance that uses the unconditional branch.
-        threshold: gamma-bar in [-1, inf). Above 1 it never stops, 0.991 saved a quarter of the evaluations in the paper.
+        threshold: gamma-bar in [-1, inf]. Above 1 it never stops, 0.991 saved a quarter of the evaluations in the paper.
+        measure: ``"eps"`` (the paper's) or ``"x0"``.
 
     Raises:
-        ValueError: threshold below -1 or not a number.
+        ValueError: threshold below -1 or not a number, or an unknown measure.
     """
 
     threshold: float = 0.991
+    measure: Literal["eps", "x0"] = "eps"
     examples: ClassVar[tuple[str, ...]] = (
         "Adaptive(CFG(3.0), 0.9)",
-        "Adaptive(APG(4.0, momentum=-0.5), 0.95)",
+        "Adaptive(APG(4.0, momentum=-0.5), 0.95, measure='x0')",
         "Adaptive(Interval(CFG(3.0), 0.1, 20.0))",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "threshold", -1.0, math.inf)
+        if self.measure not in ("eps", "x0"):
+            raise ValueError(f"Adaptive: measure={self.measure!r} must be 'eps' or 'x0'")
 
     def init(self, batch: int) -> AdaptiveState:
         everyone = torch.ones(batch, dtype=torch.bool)
@@ -68,14 +75,14 @@ class Adaptive(_Combinator):
             result = Result(torch.where(keep, result.denoised, predictions["cond"]), direction, result.stats)
         coming = state.coming
         if info.stage == "step" and "uncond" in predictions:
-            cosine = eps_cosine(info, predictions["cond"], predictions["uncond"])
+            cosine = branch_cosine(info, predictions["cond"], predictions["uncond"], self.measure)
             coming = guided & (cosine < self.threshold).cpu()
-            result = result._replace(stats={**result.stats, "cosine": float(cosine.detach().cpu()[guided].mean())})
+            result = result._replace(stats={**result.stats, "agreement": float(cosine.detach().cpu()[guided].mean())})
         return result, AdaptiveState(inner, guided, coming)
 
 
-def eps_cosine(info: StepInfo, cond: Tensor, uncond: Tensor) -> Tensor:
-    """``cos(eps_c, eps_u)`` per sample (B,); the factor 1/s of eps cancels."""
-    a = (info.x - info.alpha * cond).flatten(1)
-    b = (info.x - info.alpha * uncond).flatten(1)
-    return torch.nn.functional.cosine_similarity(a, b, dim=1)
+def branch_cosine(info: StepInfo, cond: Tensor, uncond: Tensor, measure: str) -> Tensor:
+    """``cos(eps_c, eps_u)`` or ``cos(D_c, D_u)`` per sample (B,); the factor 1/s of eps cancels."""
+    if measure == "eps":
+        cond, uncond = info.x - info.alpha * cond, info.x - info.alpha * uncond
+    return torch.nn.functional.cosine_similarity(cond.flatten(1), uncond.flatten(1), dim=1)

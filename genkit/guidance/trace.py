@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-COLUMNS = ("batch", "step", "stage", "sigma", "weight", "branches", "rows", "cosine", "update_norm")
+COLUMNS = ("batch", "step", "stage", "sigma", "weight", "branches", "rows", "agreement", "cosine", "update_norm")
 
 
 class Trace:
@@ -18,7 +18,8 @@ class Trace:
 
     Columns: ``batch`` (which chunk of a long run), ``step``, ``stage``, ``sigma`` (level at which the step begins), ``weight``
     (guidance scale in force; 1 where only the conditional branch ran), ``branches`` ("cond+uncond"), ``rows`` (network rows
-    over the batch); with the level "full" also ``cosine`` (of the branches' eps) and ``update_norm`` (|D - D_c|), batch means.
+    over the batch), ``agreement`` (the cosine by which an Adaptive decides, mean over the samples still guided); with the level
+    "full" also ``cosine`` (of the branches' eps) and ``update_norm`` (|D - D_c|), batch means.
     """
 
     def __init__(self, rows: list[Row] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Train the built-in CIFAR-10 classifier: ``python -m genkit.training.cifar10_classifier --data cifar10_jpeg.npz --export``.
 
-SGD with Nesterov momentum, one learning-rate cycle, label smoothing, flips and small translations, averaged weights.
+SGD with Nesterov momentum, learning-rate cycles, label smoothing, flips and small translations, averaged weights.
 Every random choice is a function of (seed, step), so a resumed run continues exactly where the stopped one was.
 """
 
@@ -31,10 +31,10 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets" / "cifar10"
 class Recipe:
     """What a run does; written beside its weights."""
 
-    images: int = 450_000  # training images drawn in all: 9 epochs
+    cycles: tuple[int, ...] = (450_000, 450_000)  # training images drawn in each learning-rate cycle: 9 epochs each
     batch: int = 128  # over all processes
     lr: float = 0.12  # highest learning rate
-    warmup: float = 0.2  # share of the run over which lr rises linearly; it then falls linearly to zero
+    warmup: float = 0.2  # share of a cycle over which lr rises linearly; it then falls linearly to zero
     momentum: float = 0.9
     weight_decay: float = 8e-4
     smoothing: float = 0.1  # of the labels
@@ -42,9 +42,18 @@ class Recipe:
     ema_halflife: int = 15_000  # images
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cycles", tuple(self.cycles))
+        if not self.cycles or min(self.cycles) < 1:
+            raise ValueError(f"cycles={self.cycles}: give one or more positive numbers of images")
+
+    @property
+    def cycle_steps(self) -> tuple[int, ...]:
+        return tuple(-(-images // self.batch) for images in self.cycles)
+
     @property
     def steps(self) -> int:
-        return -(-self.images // self.batch)
+        return sum(self.cycle_steps)
 
 
 class Batches:
@@ -87,9 +96,13 @@ class Batches:
 
 
 def learning_rate(step: int, r: Recipe) -> float:
-    """One triangle: zero to ``lr`` over the first ``warmup`` share of the run, then to zero at its end."""
-    peak = max(1.0, r.warmup * r.steps)
-    return r.lr * min((step + 1) / peak, (r.steps - step) / max(1.0, r.steps - peak))
+    """One triangle a cycle: zero to ``lr`` over its first ``warmup`` share, then to zero at its end."""
+    for length in r.cycle_steps:
+        if step < length:
+            peak = max(1.0, r.warmup * length)
+            return r.lr * min((step + 1) / peak, (length - step) / max(1.0, length - peak))
+        step -= length
+    return 0.0
 
 
 @torch.no_grad()
@@ -182,7 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hardware", default="", help="one line for the exported file: what the run was trained on")
     parser.add_argument("--channels", type=int, nargs="+", default=list(ClassifierConfig().channels))
     for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        many = isinstance(value, tuple)
+        kind = type(value[0]) if many else type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, nargs="+" if many else None)
     args = parser.parse_args(argv)
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     config = ClassifierConfig(channels=tuple(args.channels))

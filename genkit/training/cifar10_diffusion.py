@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,10 +190,15 @@ class Trainer:
         self.save()
 
 
-def export(trainer: Trainer, assets: Path) -> None:
+def export(trainer: Trainer, assets: Path, hardware: str) -> None:
     """Write the EMA weights, and the weak snapshot if it was kept, in half precision where ``genkit.load`` looks for them."""
     assets.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": asdict(trainer.recipe), "precision": trainer.precision, "seconds": round(trainer.seconds)}
+    about = {
+        "recipe": asdict(trainer.recipe),
+        "precision": trainer.precision,
+        "seconds": round(trainer.seconds),
+        "hardware": hardware,
+    }
     save_checkpoint(assets / "diffusion.safetensors", trainer.ema, CLASS_NAMES, {**about, "images": trainer.seen})
     if (trainer.out / "weak.pt").exists():
         state = torch.load(trainer.out / "weak.pt", map_location="cpu", weights_only=True)
@@ -210,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start-from", type=Path, help="exported weights to go on from, if --out holds no checkpoint")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--hardware", default=platform.processor() or platform.machine(), help="one line for the exported file")
     parser.add_argument(
         "--export", type=Path, help="afterwards write the weights into this folder, for example genkit/assets/cifar10"
     )
@@ -227,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.out / "config.json").write_text(json.dumps(record, indent=2))
     trainer.run(Batches(images, labels, recipe, config.num_classes))
     if args.export and trainer.accelerator.is_main_process:
-        export(trainer, args.export)
+        export(trainer, args.export, args.hardware)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from genkit import noise
 from genkit.denoiser import Condition, Guided
 from genkit.guidance import APG, CFG, COND, UNCOND, Adaptive, Branch, Guidance, Interval, NoGuidance, Result, Scheduled, StepInfo
+from genkit.guidance.adaptive import branch_cosine
 from genkit.noise import FLOW, VE, VP, Path
 from genkit.samplers.diffusion import sample
 from tests.toys import Counting, Run, conditions, step_info
@@ -171,15 +172,15 @@ def test_cosine_is_that_of_the_noise_predictions(path: Path) -> None:
     for row in guided.trace.rows:
         left = [i for i in range(4) if guided_steps(i) > row["step"]]
         script = (1 - SPEED[left].double() * row["sigma"]).clamp_min(0)
-        assert row["cosine"] == pytest.approx(float(script.mean()), abs=1e-9)
+        assert row["agreement"] == pytest.approx(float(script.mean()), abs=1e-9)
     of_images = torch.cosine_similarity(net.outputs[0][:4], net.outputs[0][4:]).mean()
-    assert abs(of_images - guided.trace.rows[0]["cosine"]) > 0.01
+    assert abs(of_images - guided.trace.rows[0]["agreement"]) > 0.01
 
 
 def test_full_trace_measures_only_evaluated_branches() -> None:
     basic = run(Adaptive(CFG(3.0), THRESHOLD), [0, 1, 2, 3])[1].trace
     full = run(Adaptive(CFG(3.0), THRESHOLD), [0, 1, 2, 3], trace="full")[1].trace
-    assert [row["cosine"] for row in full.rows] == pytest.approx([row["cosine"] for row in basic.rows])
+    assert [row["cosine"] for row in full.rows] == pytest.approx([row["agreement"] for row in basic.rows])
 
 
 def test_threshold_is_reached_at_equality() -> None:
@@ -246,3 +247,18 @@ def test_bad_threshold(threshold: Any) -> None:
 def test_inner_must_be_a_guidance() -> None:
     with pytest.raises(TypeError, match=r"Adaptive: inner=3\.0 must be a guidance"):
         Adaptive(3.0)  # type: ignore[arg-type]
+
+
+def test_measure_x0_compares_the_clean_image_estimates() -> None:
+    """The two measures decide differently: here D_c and D_u are orthogonal while their eps agree, because x is large."""
+    x = torch.tensor([[100.0, 100.0]], dtype=torch.float64)
+    info = step_info(x, sigma=50.0)
+    cond, uncond = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
+    assert float(branch_cosine(info, cond, uncond, "eps")) > 0.999
+    assert float(branch_cosine(info, cond, uncond, "x0")) == pytest.approx(0.0)
+    for measure, stops in (("eps", True), ("x0", False)):
+        rule = Adaptive(CFG(3.0), 0.99, measure)
+        state = rule.combine(info, {"cond": cond, "uncond": uncond}, rule.init(1))[1]
+        assert bool(state.coming[0]) is not stops
+    with pytest.raises(ValueError, match="measure='v' must be 'eps' or 'x0'"):
+        Adaptive(CFG(3.0), 0.99, "v")  # type: ignore[arg-type]

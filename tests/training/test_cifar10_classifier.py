@@ -15,7 +15,7 @@ from genkit.training.cifar10_data import load_split
 
 EXPORT = recipe_module.export
 TINY = ClassifierConfig(channels=(4, 8, 8))
-SHORT = Recipe(images=64, batch=16)
+SHORT = Recipe(cycles=(64,), batch=16)
 
 
 def jpeg(pixels: np.ndarray) -> tuple[bytes, bytes]:
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path):
 
 
 def test_batches_depend_on_seed_and_step_only(data):
-    a, b, other = (Batches(*data, Recipe(images=64, batch=16, seed=s)) for s in (0, 0, 1))
+    a, b, other = (Batches(*data, Recipe(cycles=(64,), batch=16, seed=s)) for s in (0, 0, 1))
     [b(s) for s in (0, 1)]
     assert torch.equal(a(5)[0], b(5)[0])
     assert not torch.equal(a(5)[0], other(5)[0])
@@ -109,13 +109,17 @@ def test_a_batch_larger_than_the_data_is_refused(data):
         Batches(*data, Recipe(batch=64))
 
 
-def test_learning_rate_is_one_triangle():
-    r = Recipe(images=1000, batch=10, lr=1.0, warmup=0.2)
-    rates = [learning_rate(s, r) for s in range(r.steps)]
+def test_learning_rate_is_a_triangle_in_every_cycle():
+    r = Recipe(cycles=(1000, 495), batch=10, lr=1.0, warmup=0.2)
+    assert r.steps == 150
+    rates = [learning_rate(s, r) for s in range(100)]
     assert max(rates) == 1.0
     assert rates.index(1.0) == 19
     assert 0 < rates[0] <= 0.05
     assert 0 < rates[-1] <= 0.02
+    assert [learning_rate(s, r) for s in (100, 109, 149, 150)] == pytest.approx([0.1, 1.0, 0.025, 0.0])
+    with pytest.raises(ValueError, match=r"cycles=\(\)"):
+        Recipe(cycles=())
 
 
 def test_training_leaves_the_global_generator_alone(data, tmp_path):
@@ -141,7 +145,7 @@ def test_first_of_each():
 def test_command_trains_and_exports(pack, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe_module, "export", lambda *a, **k: EXPORT(*a, **k, per_class=2))
     argv = ["--data", str(pack), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "assets")]
-    recipe_module.main([*argv, "--channels", "4", "8", "8", "--images", "48", "--batch", "16", "--hardware", "a test"])
+    recipe_module.main([*argv, "--channels", "4", "8", "8", "--cycles", "32", "16", "--batch", "16", "--hardware", "a test"])
     assert "test accuracy" in capsys.readouterr().out
     net = load_classifier(tmp_path / "assets" / "classifier.safetensors")
     assert (net.metadata["steps"], net.metadata["hardware"], net.metadata["test_images"]) == ("3", "a test", "20")

@@ -1,0 +1,80 @@
+"""Write the diffusion part of the model card, genkit/assets/cifar10/README.md, from the weights' metadata and a run file.
+
+python benchmarks/model_card.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "genkit" / "assets" / "cifar10"
+MARKS = ("<!-- diffusion: begin -->", "<!-- diffusion: end -->")
+
+
+def read(name: str) -> tuple[dict[str, Any], int, float]:
+    """Metadata, number of weights, and size in MB of one file."""
+    path = ASSETS / name
+    with safe_open(path, framework="pt") as file:
+        about: dict[str, Any] = json.loads((file.metadata() or {})["config"])
+        count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (safe_open is no mapping)
+    return about, count, path.stat().st_size / 1e6
+
+
+def section() -> str:
+    main, count, size = read("diffusion.safetensors")
+    weak, _, _ = read("diffusion_weak.safetensors")
+    network, recipe = main["network"], main["recipe"]
+    run = json.loads((ROOT / "docs" / "runs" / "claims.json").read_text())
+    best = min(run["guidances"], key=lambda entry: entry["metrics"]["frechet"]["value"])
+    plain = next(entry for entry in run["guidances"] if entry["label"] == "none")
+    fd = plain["metrics"]["frechet"]
+    lowest = f"{best['metrics']['frechet']['value']:.2f} with `{best['label']}`"
+    score = f"{fd['title']} {fd['value']:.2f} without guidance, {lowest}"
+    lines = [
+        "## Diffusion",
+        "",
+        "`diffusion.safetensors`, and `diffusion_weak.safetensors`, an early EMA snapshot of the same run (model `weak`).",
+        "",
+        "| | |",
+        "|---|---|",
+        "| data | CIFAR-10 (JPEG copy), 50,000 training images, 32x32, horizontal flips |",
+        f"| network | U-Net, {count / 1e6:.2f} M weights, half precision, {size:.1f} MB; channels {network['channels']}, "
+        f"{network['blocks']} block a level, patch {network['patch']}, attention at level {network['attention']} |",
+        f"| preconditioning | EDM, sigma_data {main['sigma_data']}, sigma {main['sigma_min']} to {main['sigma_max']:g} |",
+        f"| loss | EDM, ln sigma ~ N({recipe['p_mean']}, {recipe['p_std']}^2), labels dropped with probability "
+        f"{recipe['label_dropout']} |",
+        f"| optimizer | AdamW, batch {recipe['batch']}, lr {recipe['lr']} with warm-up, linear decay over the last "
+        f"{recipe['decay']:.0%}; EMA half-life {recipe['ema_halflife']:.0%} of the images seen |",
+        f"| training | {main['images']:,} images, {main['images'] // recipe['batch']:,} steps, "
+        f"{main['seconds'] / 60:.0f} minutes of wall time in the training loop (weak snapshot: {weak['images']:,} images) |",
+        f"| hardware | {main['hardware']}, precision {'float32' if main['precision'] == 'no' else main['precision']} |",
+        f"| measured | {score}; {plain['n']:,} images, see `docs/results.md` |",
+        "",
+        "It is a small model, made to be trained and run on a CPU: use it to try and compare methods, not for its pictures.",
+        "Classes 0 to 9 are CIFAR-10's; label 10 is the dropped label, the unconditional branch.",
+        "",
+        "Made again, or continued, by:",
+        "",
+        "```",
+        f"python -m genkit.training.cifar10_diffusion --data cifar10_jpeg.npz --images {recipe['images']} --export genkit/assets/cifar10",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    card = ASSETS / "README.md"
+    text = card.read_text() if card.exists() else "# Built-in CIFAR-10 models\n"
+    block = f"{MARKS[0]}\n{section()}\n{MARKS[1]}"
+    found = re.search(f"{MARKS[0]}.*?{MARKS[1]}", text, re.DOTALL)
+    card.write_text(text.replace(found.group(0), block) if found else f"{text.rstrip()}\n\n{block}\n")
+
+
+if __name__ == "__main__":
+    main()
