@@ -27,14 +27,12 @@ GUIDANCES = (
     "CFG(5.0)",
     f"Interval(CFG(3.0), {LOW}, {HIGH})",
     f"Interval(CFG(5.0), {LOW}, {HIGH})",
-    "APG(3.0)",
     "APG(5.0)",
     f"Interval(APG(5.0), {LOW}, {HIGH})",
     "Adaptive(CFG(3.0), 0.991)",
     "Adaptive(CFG(3.0), 0.995, measure='x0')",
     "Scheduled(CFG(3.0), 'linear')",
     "Scheduled(CFG(3.0), 'cosine')",
-    "Scheduled(CFG(3.0), 'lambda')",
 )
 
 #: (what is said, by whom, the method, what it is compared with, [(metric or cost, direction that agrees with the paper)])

@@ -62,7 +62,8 @@ def section() -> str:
         "Made again, or continued, by:",
         "",
         "```",
-        f"python -m genkit.training.cifar10_diffusion --data cifar10_jpeg.npz --images {recipe['images']} --export genkit/assets/cifar10",
+        f"python -m genkit.training.cifar10_diffusion --data cifar10_jpeg.npz --images {recipe['images']} \\",
+        "  --export genkit/assets/cifar10",
         "```",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Write docs/results.md and its plot from the run files in docs/runs/ and the notes in docs/findings.md.
+"""Write docs/results.md, its plot and the README's table from the run files in docs/runs/ and the notes in docs/findings.md.
 
 python benchmarks/results_page.py
 """
@@ -6,6 +6,7 @@ python benchmarks/results_page.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,31 @@ def savings(run: dict[str, Any]) -> list[str]:
     return [*lines, text, "", *head, *rows, ""]
 
 
+def short(run: dict[str, Any]) -> str:
+    """The README's table: one line per guidance, few columns."""
+    names = ("frechet", "precision", "recall", "saturation")
+    titles = [run["guidances"][0]["metrics"][name]["title"] for name in names]
+    lines = [f"| guidance | NFE | {' | '.join(titles)} |", "|---|" + "---:|" * (len(names) + 1)]
+    for entry in run["guidances"]:
+        figures = " | ".join(number(entry["metrics"][name]["value"]) for name in names)
+        lines.append(f"| `{entry['label']}` | {entry['cost']['nfe_mean']:.1f} | {figures} |")
+    way = f"{run['generation']['sampler']}, {run['generation']['steps']} steps"
+    about = f"{run['guidances'][0]['n']:,} images each on the same seeds, {way}"
+    return "\n".join(
+        [*lines, "", f"{about}; {made_with(run)}. With intervals and the papers' claims: [docs/results.md](docs/results.md)."]
+    )
+
+
+def update_readme(run: dict[str, Any]) -> None:
+    readme = DOCS.parent / "README.md"
+    begin, end = "<!-- results: begin -->", "<!-- results: end -->"
+    text = readme.read_text()
+    block = re.search(f"{begin}.*?{end}", text, re.DOTALL)
+    if block is None:
+        raise SystemExit(f"README.md has no {begin} ... {end}")
+    readme.write_text(text.replace(block.group(0), f"{begin}\n{short(run)}\n{end}"))
+
+
 def main() -> None:
     runs = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "runs").glob("*.json"))}
     lines = [
@@ -117,6 +143,7 @@ def main() -> None:
     if "claims" in runs:
         run = runs["claims"]
         (DOCS / "images" / "fd_nfe.png").write_bytes(against(run["guidances"], "nfe", "frechet"))
+        update_readme(run)
         lines += [*quality(run), "## The papers' claims", "", *claims(run), ""]
         lines += [(DOCS / "findings.md").read_text().strip(), ""]
     lines += overhead(runs["overhead"]) if "overhead" in runs else []

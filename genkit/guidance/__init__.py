@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from importlib.metadata import entry_points
 
 from genkit.guidance import base
@@ -28,7 +29,10 @@ def registry() -> dict[str, type[Guidance]]:
     global _plugins_loaded
     if not _plugins_loaded:
         for point in entry_points(group="genkit.guidance"):
-            point.load()  # defining the class registers it
+            try:
+                point.load()  # defining the class registers it
+            except Exception as error:  # one broken plug-in must not take the others with it
+                warnings.warn(f"guidance plug-in {point.name!r} ({point.value}) cannot be loaded: {error}", stacklevel=2)
         _plugins_loaded = True
     return base.classes()
 

@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from numbers import Real
+from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard
 
 from torch import Tensor
 
@@ -118,13 +119,18 @@ def classes() -> dict[str, type[Guidance]]:
     return dict(_CLASSES)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a real number of Python or NumPy, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_number(owner: object, name: str, low: float = -math.inf, high: float = math.inf, inside: bool = False) -> None:
     """Raise ValueError unless field ``name`` of ``owner`` is a real number in [low, high], or in (low, high) if ``inside``.
 
     Never NaN; infinite only where ``low`` is finite and ``high`` is inf. The field becomes a Python float.
     """
     value = getattr(owner, name)
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    valid = is_number(value) and low <= value <= high
     if valid and abs(value) > sys.float_info.max:  # infinite, or an integer that no float can hold
         valid = value == math.inf and low > -math.inf
     if not valid or (inside and value in (low, high)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from genkit import noise
 from genkit.denoiser import Denoiser, Guided, TraceLevel
 from genkit.guidance import CFG, Guidance, NoGuidance, Trace, parse
-from genkit.guidance.base import Result, StepInfo
+from genkit.guidance.base import Result, StepInfo, is_number
 from genkit.pipelines.output import Output
 from genkit.random import Gaussian, check_seeds
 from genkit.samplers.diffusion import Sampler, find_sampler, sample, start
@@ -30,7 +31,7 @@ class ClassPipeline:
         class_names: names of the classes 0 .. C - 1. Label C is the dropped label, the unconditional branch.
         image_shape: (channels, height, width).
         sigma_min, sigma_max: noise levels the model was trained for.
-        fingerprint: SHA-256 of the weights.
+        fingerprint: SHA-256 over the files of all models.
     """
 
     models: dict[str, Denoiser]
@@ -74,10 +75,11 @@ class ClassPipeline:
 
         Args:
             classes: index or name, or a list of them.
-            seeds: one integer per class; None is 0, 1, 2, ... One class with several seeds, or one seed, is repeated.
+            seeds: one integer per class; None is 0, 1, 2, ... A single class (not a list) goes with every seed, a single seed
+                with every class.
             guidance: object, expression, a number w (short for CFG(w)), or None for none.
             sampler: name or expression, for example ``"heun(churn=40)"``.
-            steps: number of steps, 1 to 10000.
+            steps: number of steps, 1 to 10000; not used when ``grid`` gives the levels themselves.
             grid: name of a grid of noise levels (karras, edm, exponential, uniform_t), or the levels themselves,
                 (steps + 1,) falling; None is the sampler's own.
             batch_size: at most this many images at a time; None is all at once.
@@ -125,30 +127,32 @@ class ClassPipeline:
         return sample(run, x, sigmas, solver, path, Gaussian(seeds, stream=1), callback)
 
     def _grid(self, solver: Sampler, steps: int, grid: str | Tensor | Sequence[float] | None) -> Tensor:
-        if isinstance(grid, Tensor | Sequence) and not isinstance(grid, str):
+        if grid is not None and not isinstance(grid, str):
             try:
                 levels = torch.as_tensor(grid, dtype=torch.float64)
-            except (TypeError, ValueError):
-                raise ValueError(f"grid={grid!r}: give noise levels as numbers") from None
-            points(levels, solver.path or self.models["main"].path)
+                points(levels, solver.path or self.models["main"].path)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"grid={grid!r} must be falling noise levels, or one of {', '.join(noise.GRIDS)} ({error})"
+                ) from None
             return levels
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= 10_000:
             raise ValueError(f"steps={steps!r}: use an integer from 1 to 10000")
         name = solver.grid if grid is None else grid
-        if not isinstance(name, str) or name not in noise.GRIDS:
-            raise ValueError(
-                f"grid={grid!r} is unknown; use one of {', '.join(noise.GRIDS)}, or a tensor of falling noise levels"
-            )
-        return noise.GRIDS[name](steps, self.sigma_min, self.sigma_max)
+        if name not in noise.GRIDS:
+            raise ValueError(f"grid={grid!r} is unknown; use one of {', '.join(noise.GRIDS)}, or falling noise levels")
+        return noise.GRIDS[name](int(steps), self.sigma_min, self.sigma_max)
 
     def _pair(self, classes: Any, seeds: Any) -> tuple[list[int], list[int]]:
-        labels = [self.class_index(c) for c in _values(classes)]
+        wanted, one_class = _values(classes)
+        labels = [self.class_index(c) for c in wanted]
         if not labels:
             raise ValueError("classes is empty: give at least one class")
-        numbers = check_seeds(range(len(labels)) if seeds is None else _values(seeds))
-        if len(labels) == 1:
-            labels = labels * max(1, len(numbers))
-        elif len(numbers) == 1 and not isinstance(seeds, Sequence):
+        given, one_seed = (range(len(labels)), False) if seeds is None else _values(seeds)
+        numbers = check_seeds(given)
+        if one_class:
+            labels = labels * len(numbers)
+        elif one_seed:
             numbers = numbers * len(labels)
         if len(labels) != len(numbers):
             raise ValueError(f"seeds has {len(numbers)} entries but classes has {len(labels)}: give one seed per class")
@@ -168,14 +172,14 @@ class ClassPipeline:
         return value
 
 
-def _values(given: Any) -> list[Any]:
-    """One value or many (list, range, tensor, array) as a list of plain Python values."""
+def _values(given: Any) -> tuple[list[Any], bool]:
+    """One value or many (list, range, tensor, array) as a list of plain Python values, and whether it was one."""
     plain = given.tolist() if hasattr(given, "tolist") else given
-    many = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str) else [plain]
-    return [v.item() if hasattr(v, "item") else v for v in many]
+    one = isinstance(plain, str) or not isinstance(plain, Sequence)
+    return [v.item() if hasattr(v, "item") else v for v in ([plain] if one else plain)], one
 
 
-def as_guidance(value: Guidance | str | float | Mapping[str, Any] | None) -> Guidance:
+def as_guidance(value: Guidance | str | float | None) -> Guidance:
     """A guidance from an object, an expression, a number (CFG of that scale) or None. Raises ValueError for anything else."""
     if value is None:
         return NoGuidance()
@@ -183,6 +187,6 @@ def as_guidance(value: Guidance | str | float | Mapping[str, Any] | None) -> Gui
         return value
     if isinstance(value, str):
         return parse(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return CFG(float(value))
     raise ValueError(f"guidance={value!r} must be a guidance object, an expression such as 'CFG(3.0)', a number, or None")

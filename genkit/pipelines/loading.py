@@ -36,7 +36,9 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
         ValueError: an unknown name, a file that is damaged or of another kind, weights that are not finite.
         FileNotFoundError: no such file.
     """
-    name = os.fspath(model)
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"model={model!r}: give one of {', '.join(BUILTIN)}, or a path to a .safetensors file")
+    name, device = os.fspath(model), check_device(device)
     if name in BUILTIN:
         assets = files("genkit") / "assets"
         paths = {role: Path(str(assets / file)) for role, file in BUILTIN[name].items()}
@@ -56,12 +58,23 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
         models={role: net for role, (net, _) in loaded.items()},
         class_names=tuple(names),
         image_shape=(config.image_channels, config.image_size, config.image_size),
-        fingerprint=hashlib.sha256(paths["main"].read_bytes()).hexdigest(),
+        fingerprint=hashlib.sha256(b"".join(path.read_bytes() for path in paths.values())).hexdigest(),
         name=name if name in BUILTIN else Path(name).stem,
         sigma_min=float(about["sigma_min"]),
         sigma_max=float(about["sigma_max"]),
     )
     return pipe.to(device)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if tensors can be put on it. Raises ValueError naming what torch says and what would work."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found, dtype=torch.float64)  # noise levels and projections are float64, which MPS lacks
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here ({reason}); 'cpu' works") from None
+    return found
 
 
 def load_checkpoint(path: Path) -> tuple[EDMDenoiser, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,24 @@ def load_split(path: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
         raise FileNotFoundError(f"data={str(path)!r} is not a file; give the CIFAR-10 JPEG pack (.npz)")
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: use 'train' or 'test'")
+    try:
+        return _decode(path, split)
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"data={str(path)!r} cannot be read: {error}") from None
+
+
+def _decode(path: Path, split: str) -> tuple[Tensor, Tensor]:
     with np.load(path, allow_pickle=False) as pack:
         missing = {"header", f"{split}_data", f"{split}_len", f"{split}_label"} - set(pack.files)
         if missing:
-            raise ValueError(f"data={str(path)!r} lacks the keys {sorted(missing)}; it has {pack.files}")
+            raise ValueError(f"it lacks the keys {sorted(missing)}; it has {pack.files}")
         header = pack["header"].tobytes()
         scans, ends = pack[f"{split}_data"], np.cumsum(pack[f"{split}_len"], dtype=np.int64)
         labels = torch.from_numpy(pack[f"{split}_label"].astype(np.int64))
+    if len(ends) != len(labels) or (len(ends) and ends[-1] != len(scans)):
+        raise ValueError(
+            f"its {split} part has {len(labels)} labels, {len(ends)} lengths and {len(scans)} bytes, which do not agree"
+        )
     images = np.empty((len(ends), 32, 32, 3), np.uint8)
     starts = np.concatenate([[0], ends[:-1]])
     for i, (a, b) in enumerate(tqdm(list(zip(starts, ends, strict=True)), desc=f"decode {split}", leave=False)):

@@ -16,6 +16,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,8 @@ class Batches:
     """Batch k as a function of (seed, k) only: shuffled epochs, flips, dropped labels, noise levels and noise."""
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, num_classes: int) -> None:
+        if not 1 <= recipe.batch <= len(images):
+            raise ValueError(f"batch={recipe.batch}: use 1 to {len(images)}, the number of images")
         self.images, self.labels, self.recipe, self.num_classes = images, labels, recipe, num_classes
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
@@ -123,6 +126,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
         self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, Any]] = []  # the recipes in force, each with the image count from which it was
         if (out / "checkpoint.pt").exists():
             self.load()
 
@@ -143,20 +147,23 @@ class Trainer:
 
     def load(self) -> None:
         state = torch.load(self.out / "checkpoint.pt", map_location=self.accelerator.device, weights_only=True)
-        self.plain().load_state_dict(state["net"])
+        try:
+            self.plain().load_state_dict(state["net"])
+        except RuntimeError:
+            raise ValueError(f"out={str(self.out)!r} holds a checkpoint of another network; choose another folder") from None
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state.get("history", [])
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
             state: dict[str, object] = {"net": self.plain().state_dict(), "ema": self.ema.state_dict(), "step": self.step}
-            state |= {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds}
+            state |= {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "history": self.history}
             save_atomically(state, self.out / "checkpoint.pt")
 
     def keep_weak(self) -> None:
-        weak_step = round(self.recipe.weak_at * self.recipe.images / self.recipe.batch)
-        if self.step == weak_step and self.accelerator.is_main_process:
+        due = self.seen >= self.recipe.weak_at * self.recipe.images
+        if due and self.accelerator.is_main_process and not (self.out / "weak.pt").exists():
             save_atomically({"ema": self.ema.state_dict(), "seen": self.seen}, self.out / "weak.pt")
 
     def train_step(self, batches: Batches) -> float:
@@ -175,6 +182,8 @@ class Trainer:
 
     def run(self, batches: Batches, save_every: float = 120.0) -> None:
         total = math.ceil(self.recipe.images / self.recipe.batch)
+        if not self.history or self.history[-1]["recipe"] != asdict(self.recipe):
+            self.history.append({"from_image": self.seen, "recipe": asdict(self.recipe)})
         bar = tqdm(total=total, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, mininterval=5)
         average, last, saved = 0.0, time.perf_counter(), time.perf_counter()
         while self.step < total:
@@ -195,6 +204,7 @@ def export(trainer: Trainer, assets: Path, hardware: str) -> None:
     assets.mkdir(parents=True, exist_ok=True)
     about = {
         "recipe": asdict(trainer.recipe),
+        "history": trainer.history,
         "precision": trainer.precision,
         "seconds": round(trainer.seconds),
         "hardware": hardware,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genkit.guidance.base import Result, Stage, StepInfo
+from genkit.guidance.base import Result, Stage, StepInfo, is_number
 from genkit.guidance.expressions import build
 from genkit.noise import Path
 from genkit.random import Noise
@@ -84,14 +86,16 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict)
     doc: str = ""
 
-    def __call__(self, **options: Any) -> Sampler:
+    def __call__(self, *unnamed: Any, **options: Any) -> Sampler:
         """The sampler with other options, for example ``SAMPLERS["heun"](churn=40)``. Raises TypeError for one it lacks."""
         unknown = set(options) - set(self.options)
+        has = ", ".join(self.options) or "none"
+        if unnamed:
+            raise TypeError(f"sampler {self.name!r}: name its options, as in heun(churn=40); its options: {has}")
         if unknown:
-            has = ", ".join(self.options) or "none"
             raise TypeError(f"sampler {self.name!r} has no option {', '.join(sorted(unknown))!r}; its options: {has}")
         for key, value in options.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            if not is_number(value) or not (0 <= value <= sys.float_info.max or value == math.inf):
                 raise ValueError(f"sampler {self.name!r}: {key}={value!r} must be a number from 0 on")
         return Sampler(self.name, self.step, self.order, self.grid, self.path, {**self.options, **options}, self.doc)
 
