@@ -1,4 +1,4 @@
-"""Write the diffusion part of the model card, genkit/assets/cifar10/README.md, from the weights' metadata and a run file.
+"""Write the model card, genkit/assets/cifar10/README.md, from the weights' metadata and a run file.
 
 python benchmarks/model_card.py
 """
@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "genkit" / "assets" / "cifar10"
-MARKS = ("<!-- diffusion: begin -->", "<!-- diffusion: end -->")
+MARKS = ("<!-- models: begin -->", "<!-- models: end -->")
 
 
 def read(name: str) -> tuple[dict[str, Any], int, float]:
@@ -24,6 +24,12 @@ def read(name: str) -> tuple[dict[str, Any], int, float]:
         about: dict[str, Any] = json.loads((file.metadata() or {})["config"])
         count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (safe_open is no mapping)
     return about, count, path.stat().st_size / 1e6
+
+
+def schedule(history: list[dict[str, Any]]) -> str:
+    """The total the decay was planned for, and where it was changed on the way."""
+    parts = [f"{part['recipe']['images']:,} from image {part['from_image']:,}" for part in history]
+    return f"images in all, as planned while training: {'; '.join(parts)}"
 
 
 def section() -> str:
@@ -53,6 +59,7 @@ def section() -> str:
         f"{recipe['decay']:.0%}; EMA half-life {recipe['ema_halflife']:.0%} of the images seen |",
         f"| training | {main['images']:,} images, {main['images'] // recipe['batch']:,} steps, "
         f"{main['seconds'] / 60:.0f} minutes of wall time in the training loop (weak snapshot: {weak['images']:,} images) |",
+        f"| schedule | {schedule(main['history'])} |",
         f"| hardware | {main['hardware']}, precision {'float32' if main['precision'] == 'no' else main['precision']} |",
         f"| measured | {score}; {plain['n']:,} images, see `docs/results.md` |",
         "",
@@ -69,10 +76,45 @@ def section() -> str:
     return "\n".join(lines)
 
 
+def classifier() -> str:
+    with safe_open(ASSETS / "classifier.safetensors", framework="pt") as file:
+        about = file.metadata() or {}
+        count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    with safe_open(ASSETS / "reference.safetensors", framework="pt") as file:
+        reference = file.metadata() or {}
+        width, kept = file.get_tensor("mean").numel(), len(file.get_tensor("features"))
+    recipe, network = json.loads(about["recipe"]), json.loads(about["config"])
+    images = sum(recipe["cycles"])
+    once, both = float(about["test_accuracy"]), float(about["test_accuracy_flip"])
+    lines = [
+        "## Classifier",
+        "",
+        f"`classifier.safetensors`: the feature extractor ({width} features) behind FD-CIFAR10, which is no FID.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {about['dataset']}, 50,000 training images, flips, shifts of up to {recipe['shift']} pixels |",
+        f"| network | {count / 1e6:.2f} M weights; whitened {network['patch']}x{network['patch']} patches, channels "
+        f"{network['channels']}, global average pooling |",
+        f"| training | {images:,} images, {int(about['steps']):,} steps in {len(recipe['cycles'])} learning-rate cycles, batch "
+        f"{recipe['batch']}, SGD with Nesterov momentum, {int(about['seconds']) / 60:.0f} minutes |",
+        f"| hardware | {about['hardware']} |",
+        f"| test accuracy | {both:.2%} (logits: mean over the image and its mirror image); {once:.2%} by one pass; "
+        f"{int(about['test_images']):,} test images, half-precision weights |",
+        f"| reference | `reference.safetensors`: mean and covariance over {int(reference['num_images']):,} training images; "
+        f"features of {kept:,} ({reference['features_of']}) |",
+        "",
+        "```",
+        "python -m genkit.training.cifar10_classifier --data cifar10_jpeg.npz --export",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     card = ASSETS / "README.md"
-    text = card.read_text() if card.exists() else "# Built-in CIFAR-10 models\n"
-    block = f"{MARKS[0]}\n{section()}\n{MARKS[1]}"
+    text = card.read_text()
+    block = f"{MARKS[0]}\n{section()}\n\n{classifier()}\n{MARKS[1]}"
     found = re.search(f"{MARKS[0]}.*?{MARKS[1]}", text, re.DOTALL)
     card.write_text(text.replace(found.group(0), block) if found else f"{text.rstrip()}\n\n{block}\n")
 

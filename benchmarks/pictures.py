@@ -24,6 +24,7 @@ def main() -> None:
     pipe = genkit.load("builtin/cifar10")
     classes = [k // 10 for k in range(100)]
     out = pipe(classes, list(range(100)), args.guidance, sampler=args.sampler, steps=args.steps, progress=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
     class_grid(out.pixels, out.classes, pipe.class_names).save(IMAGES / "samples.png", optimize=True)
 
 

@@ -108,14 +108,19 @@ class Classifier(nn.Module):
         Raises:
             ValueError: ``images`` has another type, dtype or shape.
         """
-        return self.embed(self._pixels(images)).float()
+        return self.embed(self.pixels(images)).float()
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class scores (B, num_classes), float32, before the softmax; arguments and errors as for :meth:`features`."""
-        out: Tensor = self(self._pixels(images)).float()
+        """Class scores (B, num_classes), float32, before the softmax: the mean over the image and its mirror image.
+
+        Two passes; ``self(x)`` is one. Arguments and errors as for :meth:`features`.
+        """
+        x = self.pixels(images)
+        out: Tensor = (self(x) + self(x.flip(3))).float() / 2
         return out
 
-    def _pixels(self, images: Tensor) -> Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
+        """Checked uint8 images as floats in [-1, 1]."""
         c = self.config
         wanted = (c.image_channels, c.image_size, c.image_size)
         shape = f"(B, {', '.join(map(str, wanted))})"
@@ -134,7 +139,7 @@ class Classifier(nn.Module):
         Filter i is ``e_i / sqrt(lambda_i + eps)``, with e, lambda the eigenpairs of the patch covariance.
         """
         k, c = self.config.patch, self.config.image_channels
-        x = (self._pixels(images) - self.mean) / self.std
+        x = (self.pixels(images) - self.mean) / self.std
         patches = x.unfold(2, k, 1).unfold(3, k, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, c * k * k).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / (values + eps).sqrt()).T.reshape(-1, c, k, k)

@@ -10,9 +10,10 @@ from PIL import Image
 
 from genkit.denoiser import EDMDenoiser
 from genkit.models.unet import UNet, UNetConfig
+from genkit.pipelines.loading import load_checkpoint
 from genkit.training import cifar10_diffusion
 from genkit.training.cifar10_data import load_split
-from genkit.training.cifar10_diffusion import Batches, Recipe, Trainer, edm_loss, learning_rate, update_ema
+from genkit.training.cifar10_diffusion import Batches, Recipe, Trainer, edm_loss, learning_rate, main, update_ema
 
 TINY = UNetConfig(patch=4, channels=(8, 8), attention=(), embedding=16, groups=4)
 RECIPE = Recipe(images=48, batch=8, warmup=16, weak_at=0.5)
@@ -84,7 +85,7 @@ def test_the_pack_is_decoded(data):
 def test_a_pack_that_lacks_something_is_named(arrays, tmp_path):
     path = tmp_path / "pack.npz"
     np.savez(path, **{key: value for key, value in arrays.items() if key != "train_label"})
-    with pytest.raises(ValueError, match=r"data='.*' lacks the keys \['train_label'\]"):
+    with pytest.raises(ValueError, match=r"data='.*' cannot be read: it lacks the keys \['train_label'\]"):
         load_split(path, "train")
 
 
@@ -239,3 +240,35 @@ def test_the_command(pack, tmp_path):
     with pytest.raises(FileNotFoundError, match="data="):
         cifar10_diffusion.main(["--data", str(tmp_path / "no.npz"), "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "lengths"])
+def test_a_damaged_pack_is_named(arrays, tmp_path, damage):
+    path = tmp_path / "pack.npz"
+    if damage == "lengths":
+        arrays = {**arrays, "train_len": arrays["train_len"] + 1}
+    np.savez(path, **arrays)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    if damage == "garbage":
+        path.write_bytes(b"no pack at all")
+    with pytest.raises(ValueError, match=r"data='.*pack.npz' cannot be read"):
+        load_split(path, "train")
+
+
+def test_a_changed_recipe_is_recorded(arrays, tmp_path):
+    """A run whose total is changed on its way says so in its history, and in the exported weights."""
+    np.savez(tmp_path / "pack.npz", **arrays)
+    common = ["--data", str(tmp_path / "pack.npz"), "--out", str(tmp_path / "run"), "--channels", "16", "--batch", "10"]
+    main([*common, "--images", "10"])
+    main([*common, "--images", "30", "--export", str(tmp_path / "assets"), "--hardware", "a test"])
+    about = load_checkpoint(tmp_path / "assets" / "diffusion.safetensors")[1]
+    assert [(part["from_image"], part["recipe"]["images"]) for part in about["history"]] == [(0, 10), (10, 30)]
+    assert about["images"] == 30
+    assert about["hardware"] == "a test"
+    weak = load_checkpoint(tmp_path / "assets" / "diffusion_weak.safetensors")[1]
+    assert weak["images"] == 10
+    with pytest.raises(ValueError, match="checkpoint of another network"):
+        main([*common, "--channels", "32", "--images", "40"])
+    with pytest.raises(ValueError, match="batch=21: use 1 to 20"):
+        main([*common, "--out", str(tmp_path / "other"), "--batch", "21"])
