@@ -30,7 +30,7 @@ test: $(INSTALLED) ## lint, types and tests (TEST_ARGS="-m 'not slow'" for less)
 	@echo "==> types"
 	$(BIN)/mypy
 	@echo "==> tests"
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
 install: $(INSTALLED) ## set up .venv with everything that eval and test need
 

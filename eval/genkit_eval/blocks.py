@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from genkit_eval.files import TEMPORARY, write_bytes
+from genkit_eval.files import TEMPORARY, in_use, temporary_beside, write_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Block:
     """Features (n, D) float32, pixels uint8 (n, 3, H, W), labels and nfe (n,) int64 of consecutive images, and their cost.
 
     ``wall`` and ``cpu`` are seconds spent in generating all n images (features not included); ``calls`` counts network calls;
-    ``trace`` holds the rows of the per-step trace, for the first block of a run only.
+    ``trace`` holds the rows of the per-step trace, for the first block of a run only. ``made_with`` holds the different
+    commits and devices that stored blocks were made with; a block not stored yet has none.
     """
 
     features: Tensor
@@ -31,17 +34,22 @@ class Block:
     cpu: float
     calls: int
     trace: list[dict[str, Any]]
+    made_with: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int(self.nfe.shape[0])
 
 
 class BlockStore:
-    """The blocks of one guidance: ``<folder>/NNNNN.safetensors``, each stamped with the configuration's hash."""
+    """The blocks of one guidance: ``<folder>/NNNNN.safetensors``, each stamped with the configuration's hash.
 
-    def __init__(self, folder: Path, config_hash: str) -> None:
+    ``made_with`` (commit, device) is written into each new block beside it; it does not decide whether a block counts.
+    """
+
+    def __init__(self, folder: Path, config_hash: str, made_with: dict[str, Any] | None = None) -> None:
         self.folder = folder
         self.config_hash = config_hash
+        self.made_with = made_with
 
     def path(self, index: int) -> Path:
         """File of block ``index``."""
@@ -56,19 +64,36 @@ class BlockStore:
         except (OSError, SafetensorError):
             return False
 
+    def taken(self, index: int) -> bool:
+        """Whether another process is at work on block ``index``."""
+        return any(in_use(path) for path in self.folder.glob(f"{self.path(index).name}.*{TEMPORARY}"))
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[None]:
+        """While it lasts, other processes see block ``index`` as taken."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = temporary_beside(self.path(index))
+        mark.touch()
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
     def write(self, index: int, block: Block) -> None:
         """Store a block under a temporary name and rename it into place."""
         tensors = {"features": block.features, "pixels": block.pixels, "labels": block.labels, "nfe": block.nfe}
         numbers = {"wall": block.wall, "cpu": block.cpu, "calls": block.calls, "trace": block.trace}
-        metadata = {"config": self.config_hash, "numbers": json.dumps(numbers)}
+        made_with = [self.made_with] if self.made_with else []
+        metadata = {"config": self.config_hash, "numbers": json.dumps(numbers), "made_with": json.dumps(made_with)}
         write_bytes(self.path(index), save({name: t.contiguous().cpu() for name, t in tensors.items()}, metadata))
 
     def read(self, index: int) -> Block:
         """Load a finished block."""
         with safe_open(self.path(index), "pt") as handle:
-            numbers = json.loads((handle.metadata() or {})["numbers"])
+            metadata = handle.metadata() or {}
+            numbers, made_with = json.loads(metadata["numbers"]), json.loads(metadata.get("made_with", "[]"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        return Block(**tensors, **numbers)
+        return Block(**tensors, **numbers, made_with=made_with)
 
     def read_all(self, total: int, block_size: int) -> Block:
         """The first ``total`` images in index order, as one block; a block cut short costs in proportion."""
@@ -81,10 +106,14 @@ class BlockStore:
         share = [n / len(part) for part, n in zip(parts, used, strict=True)]
         wall = sum(part.wall * s for part, s in zip(parts, share, strict=True))
         cpu = sum(part.cpu * s for part, s in zip(parts, share, strict=True))
-        return Block(**join, wall=wall, cpu=cpu, calls=sum(part.calls for part in parts), trace=parts[0].trace)
+        calls, made_with = sum(part.calls for part in parts), list[dict[str, Any]]()
+        for known in (known for part in parts for known in part.made_with):
+            if known not in made_with:
+                made_with.append(known)
+        return Block(**join, wall=wall, cpu=cpu, calls=calls, trace=parts[0].trace, made_with=made_with)
 
     def clean(self, everything: bool = False) -> None:
-        """Remove what a killed process left half written; with ``everything`` the finished blocks too."""
-        for pattern in [f"*{TEMPORARY}", *(["*.safetensors"] if everything else [])]:
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Remove what a process that is gone left half written; with ``everything`` the finished blocks too."""
+        left = [path for path in self.folder.glob(f"*{TEMPORARY}") if not in_use(path)]
+        for path in [*left, *(self.folder.glob("*.safetensors") if everything else [])]:
+            path.unlink(missing_ok=True)

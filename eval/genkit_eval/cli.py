@@ -107,6 +107,9 @@ def quickstart(
 @app.command()
 def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'genkit-eval run'.")]) -> None:
     """Rebuild report.html of finished runs from their results.json."""
+    from genkit_eval.report import check_installed
+
+    check_installed()
     from genkit_eval.report.build import build_report
 
     for folder in runs:
@@ -125,6 +128,10 @@ def invoke(args: list[str]) -> int:
         return outcome if isinstance(outcome, int) else 0
     except (InputError, KeyboardInterrupt) as error:
         return _fail(str(error), 2) if isinstance(error, InputError) else _fail("interrupted", 130)
+    except OSError as error:
+        # A disk that filled up or a folder that vanished while at work: nothing a traceback would explain better.
+        place = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{place}; what is finished is kept, the same command goes on from there", 2)
     except typer.Abort:
         return _fail("interrupted", 130)
     except Exception as error:

@@ -16,7 +16,8 @@ from genkit_eval.files import check_writable
 from genkit_eval.labels import LABEL_RULES
 from genkit_eval.protocols import Pipeline
 from genkit_eval.reference import load_reference
-from genkit_eval.run import Request, blocks_done, compare_sheet, make_config, run
+from genkit_eval.report import check_installed
+from genkit_eval.run import Request, blocks_done, check_shape, compare_sheet, make_config, run
 from genkit_eval.score import Bootstrap
 from genkit_eval.table import text_table
 
@@ -108,6 +109,7 @@ def load_pipeline(model: str, device: str) -> Pipeline:
 
 def execute(options: RunOptions) -> None:
     """Check every option, then run, print the table and write the report. Ctrl-C says how to go on and exits with 130."""
+    check_installed()
     options.check()
     guidances = parse_guidances(options.guidance)
     bootstrap = Bootstrap(options.bootstrap)
@@ -118,6 +120,7 @@ def execute(options: RunOptions) -> None:
     extractor = load_extractor(options.extractor, options.device)
     reference = load_reference(options.reference, extractor)
     pipe = load_pipeline(options.model, options.device)
+    check_shape(pipe, extractor)
     config = make_config(pipe, extractor, options.sampler, options.steps, options.seed, options.labels, options.block_size)
     try:
         if not options.overwrite:

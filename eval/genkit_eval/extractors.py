@@ -17,7 +17,8 @@ class Extractor:
     """A feature network and what a number made with it must say.
 
     ``label`` goes into metric titles (``FD-<label>``); "FID" is kept for the 2015 Inception network and never appears here.
-    ``features`` maps uint8 (B, 3, H, W) to float32 (B, D). ``resize`` is the rule by which images reach the network's size.
+    ``features`` maps uint8 (B, 3, H, W) to float32 (B, D). ``resize`` is the rule by which images reach the network's size;
+    ``image_shape`` is the one (3, H, W) that it takes, None for any.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Extractor:
     resize: str
     features: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
     reference: Path | None = None
+    image_shape: tuple[int, int, int] | None = None
 
     def __call__(self, pixels: Tensor, batch: int = 256) -> Tensor:
         """Features (N, D) float32 on the CPU, without gradients."""
@@ -41,7 +43,9 @@ def _builtin_cifar10(device: str) -> Extractor:
     assert isinstance(net, nn.Module)
     net.eval().to(device)
     reference = Path(classifier.__file__).parents[1] / "assets" / "cifar10" / "reference.safetensors"
-    return Extractor("builtin/cifar10", "CIFAR10", str(net.fingerprint), "none (32x32 as generated)", net.features, reference)
+    shape = (net.config.image_channels, net.config.image_size, net.config.image_size)
+    resize = "none (32x32 as generated)"
+    return Extractor("builtin/cifar10", "CIFAR10", str(net.fingerprint), resize, net.features, reference, shape)
 
 
 EXTRACTORS: dict[str, Callable[[str], Extractor]] = {"builtin/cifar10": _builtin_cifar10}

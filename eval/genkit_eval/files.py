@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,44 @@ from typing import Any
 from genkit_eval.errors import InputError
 
 TEMPORARY = ".writing"
+#: Seconds after which a temporary file is left over, whoever made it.
+STALE_AFTER = 3600.0
+# Two machines may share the folder, and a process number says nothing about a process of the other one.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses: ``<name>.<machine>.<pid>.<random>.writing``."""
+    return path.with_name(f"{path.name}.{_MACHINE}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def in_use(temporary: Path) -> bool:
+    """Whether another process may still be at work on this temporary file: younger than an hour, and its process not gone."""
+    try:
+        if time.time() - temporary.stat().st_mtime > STALE_AFTER:
+            return False
+    except OSError:
+        return False
+    *_, machine, pid, _random, _ending = ["", "", "", "", *temporary.name.split(".")]
+    if machine != _MACHINE or not pid.isdigit():
+        return True
+    return int(pid) != os.getpid() and _alive(int(pid))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name beside ``path`` and rename: a reader never sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as handle:
             handle.write(content)
@@ -48,7 +83,7 @@ def check_writable(folder: Path, option: str = "--out") -> None:
     """Make ``folder`` and prove that a file can be written there; InputError otherwise, before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+        probe = temporary_beside(folder / "probe")
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:

@@ -16,22 +16,29 @@ from genkit_eval.labels import labels_of
 from genkit_eval.protocols import Pipeline
 
 
+class RefusedError(ValueError):
+    """The pipeline refused the guidance, or made images that cannot be scored."""
+
+
 def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunConfig, indices: range) -> Block:
     """Generate the images ``indices`` and extract their features; seed k is ``config.seed + k``.
 
-    Raises ValueError when the model yields images whose features are not finite.
+    Raises RefusedError when the pipeline raises ValueError, and for images whose features are not finite.
     """
     labels = labels_of(indices, pipe.num_classes, config.labels, config.seed)
     seeds = [config.seed + k for k in indices]
     first = indices.start == 0
     wall, cpu = time.perf_counter(), time.process_time()
     trace = "full" if first else "none"
-    out = pipe(classes=labels, seeds=seeds, guidance=guidance, sampler=config.sampler, steps=config.steps, trace=trace)
+    try:
+        out = pipe(classes=labels, seeds=seeds, guidance=guidance, sampler=config.sampler, steps=config.steps, trace=trace)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     pixels = out.pixels.cpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     features = extractor(pixels)
     if not bool(torch.isfinite(features).all()):
-        raise ValueError(
+        raise RefusedError(
             f"features of images {indices.start} to {indices.stop - 1} are not finite: the model or the guidance diverged"
         )
     return Block(
@@ -69,12 +76,25 @@ def fill(
     """Make every block of the first ``total`` images that is not stored yet; returns how many were made.
 
     ``advance(n)`` is called as n more images are there. A block is stored before the next is begun, so the finished
-    ones stay whatever stops the run.
+    ones stay whatever stops the run. Processes on one folder share the work: blocks that another one has begun come last, and are
+    made only if they are still not there, so at most one block for each process is made twice (bit for bit the same).
     """
     made = 0
-    for index, indices in enumerate(block_ranges(total, config.block_size)):
+
+    def visit(index: int, indices: range) -> None:
+        nonlocal made
         if not store.done(index, len(indices)):
-            store.write(index, make_block(pipe, guidance, extractor, config, indices))
+            with store.claim(index):
+                store.write(index, make_block(pipe, guidance, extractor, config, indices))
             made += 1
         advance(len(indices))
+
+    later = []
+    for index, indices in enumerate(block_ranges(total, config.block_size)):
+        if store.taken(index) and not store.done(index, len(indices)):
+            later.append((index, indices))
+        else:
+            visit(index, indices)
+    for index, indices in later:
+        visit(index, indices)
     return made

@@ -5,26 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
-
-
-class TraceLike(Protocol):
-    """A per-step table: one dict for each guided evaluation."""
-
-    rows: list[dict[str, Any]]
-
-
-class OutputLike(Protocol):
-    """What one call of a pipeline returns."""
-
-    nfe: list[int]
-    calls: int
-    trace: Any
-
-    @property
-    def pixels(self) -> Tensor:
-        """uint8 (B, 3, H, W)."""
-
 
 class Pipeline(Protocol):
     """Makes one image per class and seed; image k must depend on its own class and seed alone."""
@@ -48,4 +28,4 @@ class Pipeline(Protocol):
         steps: int,
         trace: Any,
     ) -> Any:
-        """Generate; returns an ``OutputLike``."""
+        """Generate; the result has ``pixels`` uint8 (B, 3, H, W), ``nfe`` (B ints), ``calls`` and ``trace.rows`` (dicts)."""

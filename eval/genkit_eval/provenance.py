@@ -54,6 +54,13 @@ def git_commit() -> dict[str, Any] | None:
         return None
 
 
+def made_with(device: str) -> dict[str, Any]:
+    """What is written into each block: commit, whether tracked files differ from it, device; None where it is not known."""
+    found = git_commit() or {"commit": None, "dirty": None}
+    gpu = hardware(device).get("gpu")
+    return {**found, "device": f"{device} ({gpu})" if gpu else device}
+
+
 def cpu_name() -> str:
     """The processor's model name."""
     try:

@@ -17,6 +17,9 @@ from genkit_eval.extractors import Extractor
 from genkit_eval.metrics import Sample
 from genkit_eval.metrics.moments import Moments
 
+# Coverage looks at the fifth neighbour of each image.
+MIN_FEATURES = 6
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -42,7 +45,7 @@ class Reference:
 def load_reference(path: Path | None, extractor: Extractor) -> Reference:
     """Read ``mean`` (D,), ``cov`` (D, D), ``features`` (M, D) and metadata from a safetensors file; None is the extractor's own.
 
-    Raises InputError when the file is missing, damaged, not finite, or was made with another extractor.
+    Raises InputError when the file is missing, damaged, not finite, too small, or was made with another extractor.
     """
     option, path = "--reference", path or extractor.reference
     if path is None:
@@ -55,11 +58,17 @@ def load_reference(path: Path | None, extractor: Extractor) -> Reference:
     except (OSError, SafetensorError) as error:
         raise InputError(option, f"{path} cannot be read as safetensors ({error})") from None
     _check(path, tensors, metadata, extractor)
-    count = int(metadata["num_images"])
+    count = _count(path, metadata["num_images"])
     moments = Moments.from_cov(count, tensors["mean"], tensors["cov"])
     name = extractor.name if path == extractor.reference else str(path)
     sample = Sample(tensors["features"], moments=moments)
     return Reference(sample, name, hashlib.sha256(raw).hexdigest(), count, metadata.get("dataset", "unknown"))
+
+
+def _count(path: Path, text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 2:
+        raise InputError("--reference", f"{path} says num_images is {text!r}; a whole number from 2 on works")
+    return int(text)
 
 
 def _check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], extractor: Extractor) -> None:
@@ -75,6 +84,11 @@ def _check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], ext
         )
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         raise InputError(option, f"{path} holds NaN or infinite values")
+    if tensors["mean"].ndim != 1 or tensors["features"].ndim != 2:
+        got = f"mean {tuple(tensors['mean'].shape)} and features {tuple(tensors['features'].shape)}"
+        raise InputError(option, f"{path}: got {got}; mean (D,) and features (M, D) work")
+    if len(tensors["features"]) < MIN_FEATURES:
+        raise InputError(option, f"{path} holds {len(tensors['features'])} features; at least {MIN_FEATURES} work")
     width = tensors["mean"].shape[0]
     if tensors["cov"].shape != (width, width) or tensors["features"].shape[1:] != (width,):
         raise InputError(option, f"{path}: mean, cov and features do not agree on the number of columns ({width})")

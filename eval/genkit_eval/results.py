@@ -76,7 +76,15 @@ def warnings_of(entries: list[dict[str, Any]]) -> list[str]:
         found.append(
             f"Sample counts differ between guidances ({', '.join(f'{n:,}' for n in counts)}): compare only rows of one count."
         )
-    return found
+    return found + [note for entry in entries if (note := _commits_note(entry))]
+
+
+def _commits_note(entry: dict[str, Any]) -> str:
+    known = [(made["commit"], made["dirty"]) for made in entry.get("made_with", [])]
+    names = [f"{(commit or 'no commit')[:12]}{' with changes' if dirty else ''}" for commit, dirty in dict.fromkeys(known)]
+    if len(names) < 2:
+        return ""
+    return f"The images of {entry['label']} were made by {len(names)} different commits: {', '.join(names)}."
 
 
 def write_results(out: Path, header: dict[str, Any], entries: list[dict[str, Any]], complete: bool) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +10,18 @@ from typing import Any
 from tqdm import tqdm
 
 from genkit_eval import provenance, results
-from genkit_eval.blocks import Block, BlockStore
+from genkit_eval.blocks import BlockStore
 from genkit_eval.config import RunConfig, differences, slug
+from genkit_eval.entries import Scoring, make_entry, settle
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
 from genkit_eval.files import check_writable, read_json, write_bytes, write_json
-from genkit_eval.generate import block_ranges, fill
+from genkit_eval.generate import RefusedError, block_ranges, fill
 from genkit_eval.labels import LABEL_RULES
-from genkit_eval.metrics import METRICS
 from genkit_eval.protocols import Pipeline
 from genkit_eval.reference import Reference
 from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
-from genkit_eval.score import MIN_SAMPLES, Bootstrap, cost, score
+from genkit_eval.score import MIN_SAMPLES, Bootstrap
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,14 @@ def make_config(
     )
 
 
+def check_shape(pipe: Pipeline, extractor: Extractor) -> None:
+    """InputError when the extractor does not take images of the size that the model makes."""
+    made, taken = tuple(pipe.image_shape), extractor.image_shape
+    if taken is not None and made != tuple(taken):
+        shown, wanted = ("x".join(map(str, shape)) for shape in (made, taken))
+        raise InputError("--model", f"{pipe.name} makes images of {shown}; extractor {extractor.name} takes {wanted}")
+
+
 def prepare_folder(out: Path, config: RunConfig, overwrite: bool) -> None:
     """Claim ``out`` for ``config``; InputError when it cannot be written or holds a different run and ``overwrite`` is off."""
     check_writable(out)
@@ -112,79 +118,51 @@ def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: R
     }
 
 
-def _scored(
-    folder: Path, block: Block, stamp: str, reference: Reference, extractor: Extractor, bootstrap: Bootstrap
-) -> dict[str, Any]:
-    """Scores from the folder if they belong to exactly these images and settings, else computed and stored."""
-    protocol = [stamp, len(block), reference.sha256, repr(bootstrap), sorted((n, s.variant) for n, s in METRICS.items())]
-    key = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()
-    path = folder / results.SCORES
-    if path.exists():
-        try:
-            stored: dict[str, Any] = read_json(path, "--out")
-        except InputError:
-            stored = {}
-        if stored.get("key") == key:
-            metrics: dict[str, Any] = stored["metrics"]
-            return metrics
-    metrics = score(block, reference, extractor.label, bootstrap)
-    write_json(path, {"key": key, "metrics": metrics})
-    return metrics
-
-
 def run_one(
     pipe: Pipeline,
     extractor: Extractor,
-    reference: Reference,
     config: RunConfig,
     request: Request,
     guidance: tuple[str, Any],
+    scoring: Scoring,
     bar: Any,
 ) -> dict[str, Any]:
     """Make, score and describe one guidance; returns its entry of the results."""
     text, rule = guidance
     name, stamp = slug(repr(rule)), config.hash(repr(rule))
     folder = request.out / name
-    store = BlockStore(folder / "blocks", stamp)
+    store = BlockStore(folder / "blocks", stamp, provenance.made_with(request.device))
     store.clean()
     bar.set_description(f"{text}: images")
     fill(pipe, rule, extractor, config, store, request.num_samples, bar.update)
     bar.set_description(f"{text}: metrics")
     block = store.read_all(request.num_samples, config.block_size)
-    metrics = _scored(folder, block, stamp, reference, extractor, request.bootstrap)
     write_bytes(folder / "grid.png", png_bytes(class_grid(block.pixels, block.labels.tolist(), pipe.class_names)))
-    return {
-        "label": text,
-        "guidance": repr(rule),
-        "slug": name,
-        "config_sha256": stamp,
-        "n": len(block),
-        "metrics": {key: {k: v for k, v in metric.items() if k != "replicates"} for key, metric in metrics.items()},
-        "cost": cost(block),
-        "trace": block.trace,
-        "grid": f"{name}/grid.png",
-    }
+    return make_entry(request.out, text, repr(rule), stamp, block, scoring)
 
 
 def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
     """Do what ``request`` asks and return the results, which are also in ``<out>/results.json``.
 
     After each guidance the file is replaced, with status "partial" until the last. Guidances that an earlier command put into the
-    same folder stay in it. Blocks that exist are not made again, so a run that was stopped goes on where it was.
-    Raises InputError for a folder that cannot be used, and for a guidance that the model refuses (naming it).
+    same folder stay in it, scored again if reference or bootstrap differ. Blocks that exist are not made again, so a run that was
+    stopped goes on where it was.
+    Raises InputError for a model whose images the extractor does not take, for a folder that cannot be used, and for a guidance
+    that the model refuses (naming it).
     """
+    check_shape(pipe, extractor)
     prepare_folder(request.out, config, request.overwrite)
     about = header(pipe, extractor, reference, config, request)
-    entries = results.earlier_entries(request.out)
+    scoring = Scoring(reference, request.bootstrap, extractor.label)
+    asked = {repr(rule) for _, rule in request.guidances}
+    entries = settle(request.out, results.earlier_entries(request.out), asked, config.block_size, scoring)
     found: dict[str, Any] = {}
     total = len(request.guidances) * request.num_samples
     with tqdm(total=total, unit="img", file=sys.stderr, disable=not request.progress, dynamic_ncols=True) as bar:
         for number, guidance in enumerate(request.guidances, start=1):
             try:
-                entry = run_one(pipe, extractor, reference, config, request, guidance, bar)
-            except InputError:
-                raise
-            except ValueError as error:
+                entry = run_one(pipe, extractor, config, request, guidance, scoring, bar)
+            except RefusedError as error:
                 raise InputError(f"--guidance {guidance[0]!r}", str(error)) from error
             except OSError as error:
                 raise InputError("--out", f"cannot write in {request.out} ({error.strerror or error})") from error

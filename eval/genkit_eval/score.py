@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,11 @@ class Bootstrap:
         }
 
 
+def basis(reference_sha256: str, bootstrap: Bootstrap) -> str:
+    """Short hash of what resamples depend on beside the images: two scores can be subtracted only where it is the same."""
+    return hashlib.sha256(json.dumps([reference_sha256, bootstrap.as_dict()]).encode()).hexdigest()[:16]
+
+
 def score(block: Block, reference: Reference, label: str, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
     """Every registered metric: value, protocol, sample counts, interval and its replicates.
 
@@ -56,6 +63,7 @@ def score(block: Block, reference: Reference, label: str, bootstrap: Bootstrap) 
             "interval_of": spec.interval_of,
             "n_fake": len(pair.fake),
             "n_real": None if spec.source == "pixels" else reference.num_images if spec.over_moments else len(pair.real),
+            "basis": basis(reference.sha256, bootstrap),
             "replicates": None if replicates is None else [float(f"{r:.{REPLICATE_DIGITS}g}") for r in replicates.tolist()],
         }
     return found
@@ -75,9 +83,11 @@ def cost(block: Block) -> dict[str, Any]:
 
 
 def difference(scores: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any] | None:
-    """``value - baseline value`` with its paired interval; None where the two were not resampled alike."""
+    """``value - baseline value`` with its paired interval; None where reference, resamples, count or protocol differ."""
     ours, theirs = scores.get("replicates"), baseline.get("replicates")
-    if ours is None or theirs is None or len(ours) != len(theirs) or scores["n_fake"] != baseline["n_fake"]:
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return None
+    if any(scores.get(key) != baseline.get(key) for key in ("basis", "n_fake", "variant")):
         return None
     value = scores["value"] - baseline["value"]
     deviations: Tensor = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)

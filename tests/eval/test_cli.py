@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from genkit_eval import command
+from genkit_eval import command, report
 from genkit_eval.cli import invoke
 from genkit_eval.extractors import EXTRACTORS, Extractor
 
@@ -126,6 +126,28 @@ def test_model_errors_name_the_option(capsys: pytest.CaptureFixture[str], tmp_pa
     for model in ("builtin/imagenet", str(tmp_path / "absent.safetensors")):
         with pytest.raises(ValueError, match=r"^--model: "):
             command.load_pipeline(model, "cpu")
+
+
+def test_a_report_package_that_is_missing_is_said_first(
+    tiny: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
+    assert invoke(run_args(tmp_path / "x", "--guidance", "none")) == 2
+    assert invoke(["report", str(tmp_path / "x")]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert "jinja2 not installed; pip install 'genkit-image[eval]'" in line
+    assert tiny.asked == []
+
+
+def test_a_folder_that_vanishes_is_one_line(
+    tiny: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(*args: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "compare.png")
+
+    monkeypatch.setattr(command, "compare_sheet", vanish)
+    assert invoke(run_args(tmp_path / "x", "--guidance", "none")) == 2
+    assert "genkit-eval: No such file or directory (compare.png)" in capsys.readouterr().err
 
 
 def python(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from genkit_eval import provenance
 from genkit_eval.blocks import BlockStore
 from genkit_eval.config import slug
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor, load_extractor
-from genkit_eval.files import write_bytes, write_json
+from genkit_eval.files import STALE_AFTER, temporary_beside, write_bytes, write_json
 from genkit_eval.labels import label_of, labels_of
-from genkit_eval.metrics import METRICS
-from genkit_eval.reference import load_reference
+from genkit_eval.metrics import METRICS, Sample
+from genkit_eval.reference import Reference, load_reference
 from genkit_eval.results import check_protocol, write_results
 from genkit_eval.run import blocks_done, make_config
+from genkit_eval.score import difference
 from safetensors.torch import load, save_file
 
 from genkit.guidance import CFG
@@ -75,6 +79,15 @@ def test_guidances_share_seeds_and_labels(runner: Runner, pipe: FakePipeline) ->
     assert first == second == [(k, k % 3) for k in range(25)]
 
 
+def temporary_of(path: Path, pid: int) -> Path:
+    """A temporary name as process ``pid`` of this machine would choose it."""
+    return path.with_name(temporary_beside(path).name.replace(f".{os.getpid()}.", f".{pid}."))
+
+
+# No process has such a number: Linux stops at 2**22.
+GONE = 2**22 + 7
+
+
 def test_a_finished_run_makes_nothing_again(runner: Runner, pipe: FakePipeline) -> None:
     found = runner(pipe, *TEXTS)
     again = FakePipeline()
@@ -88,7 +101,7 @@ def test_deleted_and_broken_blocks_are_made_again_bit_for_bit(runner: Runner, pi
     first, second, *_ = before
     first.unlink()
     second.write_bytes(second.read_bytes()[:100])
-    leftover = first.with_name("00009.safetensors.abc.writing")
+    leftover = temporary_of(first, GONE)
     leftover.write_bytes(b"half")
     again = FakePipeline()
     assert numbers(runner(again, *TEXTS)) == found
@@ -262,3 +275,109 @@ def test_reference_file(reference_file: Path, extractor: Extractor, tmp_path: Pa
 def test_unknown_extractor() -> None:
     with pytest.raises(InputError, match="--extractor: got 'inception'; one of builtin/cifar10 works"):
         load_extractor("inception")
+
+
+def other_reference(reference: Reference) -> Reference:
+    return Reference(Sample(reference.sample.features + 0.5), "fake/other", "b" * 64, 60, "shifted noise")
+
+
+def test_earlier_guidances_are_scored_again_for_another_reference(
+    runner: Runner, reference: Reference, tmp_path: Path, pipe: FakePipeline
+) -> None:
+    runner(pipe, "none")
+    second = Runner(runner.extractor, other_reference(reference), runner.out)
+    more = FakePipeline()
+    found = second(more, "CFG(2.0)")
+    assert len(more.asked) == 25
+    assert [entry["reference_sha256"] for entry in found["guidances"]] == ["b" * 64] * 2
+    whole = Runner(runner.extractor, other_reference(reference), tmp_path / "whole")(FakePipeline(), *TEXTS)
+    assert numbers(found) == numbers(whole)
+
+
+def test_scores_of_another_reference_without_blocks_are_refused(runner: Runner, reference: Reference, pipe: FakePipeline) -> None:
+    runner(pipe, "none")
+    shutil.rmtree(blocks(runner.out)[0].parent)
+    second = Runner(runner.extractor, other_reference(reference), runner.out)
+    more = FakePipeline()
+    with pytest.raises(InputError, match=r"--out: .* holds scores of none with another --reference or --bootstrap"):
+        second(more, "CFG(2.0)")
+    assert more.asked == []
+    assert [entry["label"] for entry in second(more, "none")["guidances"]] == ["none"]
+
+
+def test_scores_of_two_references_are_not_subtracted() -> None:
+    ours = {"value": 2.0, "replicates": [1.0, 2.0, 3.0], "n_fake": 9, "variant": "v", "basis": "a"}
+    assert difference(ours, {**ours, "value": 1.5}) is not None
+    assert difference(ours, {**ours, "basis": "b"}) is None
+
+
+def test_only_stale_temporary_files_are_removed(tmp_path: Path) -> None:
+    store, path = BlockStore(tmp_path, "x"), tmp_path / "00000.safetensors"
+    own, gone, alive = temporary_of(path, os.getpid()), temporary_of(path, GONE), temporary_of(path, os.getppid())
+    elsewhere, old = path.with_name(f"{path.name}.0.{GONE}.0.writing"), temporary_of(path, os.getppid())
+    for file in (own, gone, alive, elsewhere, old):
+        file.write_bytes(b"half")
+    past = old.stat().st_mtime - STALE_AFTER - 60
+    os.utime(old, (past, past))
+    store.clean()
+    assert {file for file in (own, gone, alive, elsewhere, old) if file.exists()} == {alive, elsewhere}
+
+
+def test_a_block_that_another_process_has_begun_comes_last(runner: Runner, pipe: FakePipeline) -> None:
+    runner(FakePipeline(), "none", n=40)
+    first, *rest = blocks(runner.out)
+    for path in rest:
+        path.unlink()
+    claim = temporary_of(rest[0], os.getppid())
+    claim.touch()
+    runner(pipe, "none", n=40)
+    assert [seed for _, seed, _ in pipe.asked] == [*range(20, 40), *range(10, 20)]
+    assert sorted(first.parent.iterdir()) == sorted([first, *rest, claim])
+
+
+def test_a_model_of_another_image_size_is_refused_before_work(runner: Runner, pipe: FakePipeline) -> None:
+    takes = Extractor("fake/large", "LARGE", "e" * 64, "none", runner.extractor.features, image_shape=(3, 32, 32))
+    with pytest.raises(InputError, match="--model: fake/tiny makes images of 3x8x8; extractor fake/large takes 3x32x32"):
+        Runner(takes, runner.reference, runner.out)(pipe, "none")
+    assert pipe.asked == []
+    assert load_extractor("builtin/cifar10").image_shape == (3, 32, 32)
+
+
+def test_only_what_the_pipeline_says_is_blamed_on_the_guidance(runner: Runner) -> None:
+    def refuse(pixels: torch.Tensor) -> torch.Tensor:
+        raise ValueError("wrong dtype")
+
+    broken = Extractor("fake/projection", "TINY", "e" * 64, "none", refuse)
+    with pytest.raises(ValueError, match=r"^wrong dtype$"):
+        Runner(broken, runner.reference, runner.out)(FakePipeline(), "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": "abc"}, "num_images is 'abc'; a whole number from 2 on works"),
+        ({"num_images": "1"}, "num_images is '1'"),
+        ({"mean": torch.tensor(1.0)}, r"got mean \(\) and features"),
+        ({"features": torch.zeros(5, 5)}, "holds 5 features; at least 6 work"),
+    ],
+)
+def test_a_reference_that_cannot_be_used(
+    change: dict[str, Any], message: str, reference_file: Path, extractor: Extractor
+) -> None:
+    tensors = load(reference_file.read_bytes())
+    metadata = {"num_images": "60", "extractor_sha256": extractor.sha256}
+    tensors |= {k: v for k, v in change.items() if isinstance(v, torch.Tensor)}
+    save_file(tensors, reference_file, metadata | {k: v for k, v in change.items() if isinstance(v, str)})
+    with pytest.raises(InputError, match=f"--reference: .*{message}"):
+        load_reference(reference_file, extractor)
+
+
+def test_blocks_say_which_commit_made_them(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    for commit, dirty, n in (("1" * 40, False, 10), ("2" * 40, True, 25)):
+        monkeypatch.setattr(provenance, "git_commit", lambda known={"commit": commit, "dirty": dirty}: known)
+        found = runner(FakePipeline(), "none", n=n)
+        assert len(found["warnings"]) == (1 if n == 10 else 2)
+    made = [{"commit": "1" * 40, "dirty": False, "device": "cpu"}, {"commit": "2" * 40, "dirty": True, "device": "cpu"}]
+    assert found["guidances"][0]["made_with"] == made
+    assert found["warnings"][1].endswith("by 2 different commits: 111111111111, 222222222222 with changes.")

@@ -10,14 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Counts:
-    """How often each image enters each resample: ``fake`` (B, N) and ``real`` (B, M), float64; every row sums to N (or M)."""
+    """How often each image enters each resample: ``fake`` (B, N) and ``real`` (B, M), float64; every row sums to N (or M).
+
+    ``noise`` (B, GROUPS) holds standard normal numbers that stand for the generated sample where it cannot be resampled (a copy
+    of an image would be its own neighbour); None leaves that part out.
+    """
 
     fake: Tensor
     real: Tensor
+    noise: Tensor | None = None
 
 
-def _resample(n: int, replicates: int, seed: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
+#: Groups of consecutive generated images, left out one at a time.
+GROUPS = 5
+
+
+def _resample(n: int, replicates: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(n, (replicates, n), generator=generator)
     return torch.zeros(replicates, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(replicates, n, dtype=torch.float64))
 
@@ -27,7 +35,9 @@ def draw_counts(n_fake: int, n_real: int, replicates: int, seed: int = 0) -> Cou
 
     Guidances of one run have the same N, so they get the same resamples: differences between them are paired by seed and class.
     """
-    return Counts(_resample(n_fake, replicates, 2 * seed), _resample(n_real, replicates, 2 * seed + 1))
+    first, second = (torch.Generator("cpu").manual_seed(2 * seed + i) for i in range(2))
+    fake, real = _resample(n_fake, replicates, first), _resample(n_real, replicates, second)
+    return Counts(fake, real, torch.randn(replicates, GROUPS, generator=first, dtype=torch.float64))
 
 
 def interval(

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genkit_eval.metrics.counts import Counts
+from genkit_eval.metrics.counts import GROUPS, Counts
+from genkit_eval.metrics.leaveout import MOST, generated_noise
 from genkit_eval.metrics.pairwise import Distances, nearest_squared, tiles
 from genkit_eval.metrics.registry import Spec, register
 from genkit_eval.metrics.sample import Pair, Sample
 
 PR_K, DC_K = 3, 5
+OVER = {
+    "generated": "generated images; reference fixed",
+    "reference": f"reference images, and a jackknife over {GROUPS} groups of generated ones (first {MOST:,} at most, scaled)",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ def _register(name: str, protocol: str, k: int, over: str) -> None:
 
     def replicates(pair: Pair, counts: Counts) -> Tensor:
         rows = contributions(pair)
-        return (counts.fake if over == "generated" else counts.real) @ rows / rows.numel()
+        if over == "generated":
+            return counts.fake @ rows / rows.numel()
+        return counts.real @ rows / rows.numel() + generated_noise(pair, name, k, squared_radii(pair.real, k), counts)
 
     value: Callable[[Pair], float] = lambda pair: float(contributions(pair).mean())  # noqa: E731
     register(
@@ -73,7 +80,7 @@ def _register(name: str, protocol: str, k: int, over: str) -> None:
             source="features",
             value=value,
             replicates=replicates,
-            interval_of=f"{over} images; balls fixed",
+            interval_of=OVER[over],
             ideal=None if name == "density" else 1.0,
             bounds=(0.0, torch.inf if name == "density" else 1.0),
         )
