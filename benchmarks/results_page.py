@@ -108,6 +108,18 @@ def savings(run: dict[str, Any]) -> list[str]:
     return [*lines, text, "", *head, *rows, ""]
 
 
+def branches(run: dict[str, Any]) -> list[str]:
+    lines = ["## Agreement of the branches", "", made_with(run), ""]
+    way = f"along `{run['guidance']}`, {run['images']} images: median, and 10 % to 90 %"
+    text = f"Cosine of the conditional and the unconditional branch {way}."
+    head = ["| sigma | cos(eps_c, eps_u) | cos(D_c, D_u) |", "|---:|---:|---:|"]
+    rows = []
+    for row in run["rows"]:
+        cells = [f"{m:.5f} <sub>{low:.5f} - {high:.5f}</sub>" for low, m, high in (row["eps"], row["x0"])]
+        rows.append(f"| {row['sigma']:.4g} | {' | '.join(cells)} |")
+    return [*lines, text, "", *head, *rows, ""]
+
+
 def short(run: dict[str, Any]) -> str:
     """The README's table: one line per guidance, few columns."""
     names = ("frechet", "precision", "recall", "saturation")
@@ -147,6 +159,7 @@ def main() -> None:
         update_readme(run)
         lines += [*quality(run), "## The papers' claims", "", *claims(run), ""]
         lines += [(DOCS / "findings.md").read_text().strip(), ""]
+    lines += branches(runs["branch_cosine"]) if "branch_cosine" in runs else []
     lines += overhead(runs["overhead"]) if "overhead" in runs else []
     lines += savings(runs["savings"]) if "savings" in runs else []
     (DOCS / "results.md").write_text("\n".join(lines))
