@@ -27,10 +27,10 @@ FLOORS = {
     "genkit.denoiser": 3,
     "genkit.samplers": 4,
     "genkit.pipelines": 5,
-    "genkit.training": 5,
-    "genkit": 6,  # the public namespace: genkit/__init__.py alone
-    "genkit_eval": 7,
-    "genkit_apps": 7,
+    "genkit.training": 6,  # above the pipelines: a recipe ends by writing what they load
+    "genkit": 7,  # the public namespace: genkit/__init__.py alone
+    "genkit_eval": 8,
+    "genkit_apps": 8,
 }
 # What does not load beside the CPU build of torch, or brings in something that does not.
 BANNED = {"torchvision", "timm", "torch_fidelity", "cleanfid", "lpips"}
