@@ -98,7 +98,7 @@ def overhead(run: dict[str, Any]) -> list[str]:
 
 def savings(run: dict[str, Any]) -> list[str]:
     lines = ["## Time follows the rows evaluated", "", made_with(run), ""]
-    way = f"batch {run['batch']}, {run['steps']} steps, one thread, minimum of {run['repeats']} interleaved runs"
+    way = f"batch {run['batch']}, {run['steps']} steps, one thread, {run['repeats']} interleaved rounds (median of the shares)"
     text = f"CPU time with the built-in model, {way}."
     head = ["| guidance | rows / image | ms / image | share of CFG's rows | share of CFG's time |", "|---|---:|---:|---:|---:|"]
     rows = []
