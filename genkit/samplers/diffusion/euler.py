@@ -23,7 +23,9 @@ def euler(step: Step, x: Tensor, memory: Any) -> tuple[Tensor, Any]:
     result = step.denoise(x)
     here, there = step.here, step.there
     if result.direction is None:
-        ratio = there.s / here.s  # alpha' D + s' (x - alpha D) / s, regrouped: two operations
+        ratio = there.s / here.s  # alpha' D + s' (x - alpha D) / s, regrouped: two operations, on the ve path one
+        if here.alpha == there.alpha == 1:
+            return torch.lerp(result.denoised, x, ratio), None
         return torch.add(ratio * x, result.denoised, alpha=there.alpha - ratio * here.alpha), None
     return there.alpha * result.denoised + there.s * direction(x, result, here), None
 
