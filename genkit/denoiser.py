@@ -115,7 +115,9 @@ class Guided:
     def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
         """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model."""
         if info.x.shape[0] != self.batch:
-            raise ValueError(f"x has {info.x.shape[0]} rows, but this run was made for batch={self.batch}; make one Guided per batch")
+            raise ValueError(
+                f"x has {info.x.shape[0]} rows, but this run is one of batch={self.batch}; make one Guided per batch"
+            )
         model = branches[0].model
         if all(b.mask is None and b.model == model for b in branches):
             return self._evaluate_whole(info, branches, model)
