@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from genkit_eval.report.plots import against
+from genkit_eval.table import format_number
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COLUMNS = ("frechet", "kid", "precision", "recall", "density", "coverage", "saturation", "contrast")
 
 
-def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
 def cell(metric: dict[str, Any]) -> str:
-    text = number(metric["value"])
+    text = format_number(metric["value"])
     if not metric["interval"]:
         return text
     low, high = metric["interval"]
-    return f"{text} <sub>{number(low)} - {number(high)}</sub>"
+    return f"{text} <sub>{format_number(low)} - {format_number(high)}</sub>"
 
 
 def table(run: dict[str, Any]) -> list[str]:
@@ -126,7 +123,7 @@ def short(run: dict[str, Any]) -> str:
     titles = [run["guidances"][0]["metrics"][name]["title"] for name in names]
     lines = [f"| guidance | NFE | {' | '.join(titles)} |", "|---|" + "---:|" * (len(names) + 1)]
     for entry in run["guidances"]:
-        figures = " | ".join(number(entry["metrics"][name]["value"]) for name in names)
+        figures = " | ".join(format_number(entry["metrics"][name]["value"]) for name in names)
         lines.append(f"| `{entry['label']}` | {entry['cost']['nfe_mean']:.1f} | {figures} |")
     way = f"{run['generation']['sampler']}, {run['generation']['steps']} steps"
     about = f"{run['guidances'][0]['n']:,} images each on the same seeds, {way}"

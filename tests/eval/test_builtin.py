@@ -25,6 +25,7 @@ def blocks(out):
     return {path.name: load_file(path) for path in sorted(out.glob("*/blocks/*.safetensors"))}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=300) == 0, whole.stderr.read().decode()
