@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from genkit.guidance.base import Branch, Guidance, Result, StepInfo
+from genkit.guidance.base import Branch, Guidance, Perturbation, Result, Stage, StepInfo
 from genkit.guidance.trace import Trace
 from genkit.noise import VE, Path
+from genkit.random import Keyed
 
 Condition = Any
 """What a denoiser is conditioned on: None, a tensor (B, ...), or a mapping of such tensors."""
 
 TraceLevel = Literal["none", "basic", "full"]
+STAGES: tuple[str, ...] = get_args(Stage)
+Network = tuple[str, Perturbation | None]  # the name of a model, and how it is weakened
 
 
 class Denoiser(Protocol):
@@ -81,89 +84,135 @@ class Guided:
     pass per model, lets the guidance combine them, and books rows, calls and a trace row.
 
     Args:
-        denoiser: a denoiser, or several by model name; ``"main"`` is required.
+        denoiser: a denoiser, or several models by name, of which ``"main"`` is required; what else a method asks for by name
+            (a classifier, a distance) stands here too.
         guidance: any guidance object; it is not changed.
         conditions: the condition of each name a plan may ask for, each for the whole batch. ``"cond"`` is required.
         batch: number of samples.
         trace: ``"full"`` also measures cosine and update norm, ``"none"`` keeps no trace.
+        seeds: one integer per sample, for methods that draw random numbers.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser | Mapping[str, Denoiser],
+        denoiser: Denoiser | Mapping[str, Any],
         guidance: Guidance,
         conditions: Mapping[str, Condition],
         batch: int,
         trace: TraceLevel = "basic",
+        seeds: Sequence[int] | None = None,
     ) -> None:
-        self.models: dict[str, Denoiser] = dict(denoiser) if isinstance(denoiser, Mapping) else {"main": denoiser}
+        self.models: dict[str, Any] = dict(denoiser) if isinstance(denoiser, Mapping) else {"main": denoiser}
         if trace not in ("none", "basic", "full"):
             raise ValueError(f"trace={trace!r}: use 'none', 'basic' or 'full'")
         self.guidance, self.conditions, self.batch = guidance, dict(conditions), batch
         self.state = guidance.init(batch)
         self.ledger, self.trace, self.level = Ledger(batch), Trace(), trace
         self._packed: dict[tuple[Branch, ...], Condition] = {}
+        self._keyed = None if seeds is None else Keyed(seeds)
+        self._asked: tuple[Branch, ...] = ()
+        self._prepares, self._refines = ("prepare" in guidance.needs), ("refine" in guidance.needs)
 
     def __call__(self, info: StepInfo) -> Result:
+        self._asked = ()
+        if self._prepares:
+            self.state = self.guidance.prepare(info, self, self.state)
         branches = self.guidance.plan(info, self.state)
         predictions = self.evaluate(info, branches)
         result, self.state = self.guidance.combine(info, predictions, self.state)
+        if self._refines:
+            result, self.state = self.guidance.refine(info, result, self, self.state)
         if self.level != "none":
-            self._record(info, branches, predictions, result)
+            self._record(info, predictions, result)
         return result
 
     def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
-        """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model."""
+        """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model and perturbation."""
         if info.x.shape[0] != self.batch:
             raise ValueError(
                 f"x has {info.x.shape[0]} rows, but this run is one of batch={self.batch}; make one Guided per batch"
             )
-        model = branches[0].model
-        if all(b.mask is None and b.model == model for b in branches):
-            return self._evaluate_whole(info, branches, model)
+        if not branches:
+            return {}
+        self._asked += branches
+        network = branches[0].network
+        if all(b.mask is None and b.network == network for b in branches):
+            return self._evaluate_whole(info, branches, network)
         out: dict[str, Tensor] = {}
-        for model in dict.fromkeys(b.model for b in branches):
-            out.update(self._evaluate_rows(info, tuple(b for b in branches if b.model == model), model))
+        for network in dict.fromkeys(b.network for b in branches):
+            out.update(self._evaluate_rows(info, tuple(b for b in branches if b.network == network), network))
         for b in branches:  # rows that were not asked for hold the conditional prediction
             if b.mask is not None:
-                whole = out["cond"].clone()
+                whole = out["cond"].clone() if "cond" in out else torch.zeros_like(info.x)
                 whole[b.mask.to(whole.device)] = out[b.name]
                 out[b.name] = whole
         return out
 
-    def _evaluate_whole(self, info: StepInfo, branches: tuple[Branch, ...], model: str) -> dict[str, Tensor]:
+    def noise(self, like: Tensor, info: StepInfo, draw: int = 0) -> Tensor:
+        """Unit Gaussian noise (B, ...): a function of each sample's seed, the evaluation and ``draw`` alone."""
+        if self._keyed is None:
+            raise ValueError(f"seeds=None, but {self.guidance!r} draws random numbers: give one seed per sample")
+        return self._keyed(like, info.index, STAGES.index(info.stage), draw)
+
+    def model(self, name: str) -> Any:
+        """One of ``models``. Raises ValueError that names those there are."""
+        if name not in self.models:
+            raise ValueError(f"the guidance asks for the model {name!r}; this run has {', '.join(self.models)}")
+        return self.models[name]
+
+    def embed(self, condition: Condition, model: str = "main") -> Condition:
+        """The condition as real numbers, where the model knows how (its ``embed``); else the condition itself."""
+        embed = getattr(self.model(model), "embed", None)
+        return condition if embed is None else embed(condition)
+
+    def _evaluate_whole(self, info: StepInfo, branches: tuple[Branch, ...], network: Network) -> dict[str, Tensor]:
         k = len(branches)
         condition = self._packed.get(branches)
         if condition is None:
-            condition = self._packed[branches] = _join([self._condition(b.condition) for b in branches])
-        denoised = self._forward(model, info, info.x if k == 1 else torch.cat([info.x] * k), condition)
+            condition = _join(self._conditions(info, branches))
+            if not any(b.transform for b in branches):
+                self._packed[branches] = condition
+        denoised = self._forward(network, info, info.x if k == 1 else torch.cat([info.x] * k), condition)
         self.ledger.count(k)
         if k == 1:
             return {branches[0].name: denoised}
         # Slices: half the cost of split, which counts where the network is small.
         return {b.name: denoised[i * self.batch : (i + 1) * self.batch] for i, b in enumerate(branches)}
 
-    def _evaluate_rows(self, info: StepInfo, branches: tuple[Branch, ...], model: str) -> dict[str, Tensor]:
+    def _evaluate_rows(self, info: StepInfo, branches: tuple[Branch, ...], network: Network) -> dict[str, Tensor]:
         x, conditions, sizes = [], [], []
-        for b in branches:
+        for b, condition in zip(branches, self._conditions(info, branches), strict=True):
             self.ledger.count(1, b.mask)
-            condition = self._condition(b.condition)
             x.append(info.x if b.mask is None else info.x[b.mask.to(info.x.device)])
             conditions.append(condition if b.mask is None else _rows(condition, b.mask))
             sizes.append(len(x[-1]))
-        denoised = self._forward(model, info, torch.cat(x), _join(conditions))
+        denoised = self._forward(network, info, torch.cat(x), _join(conditions))
         return {b.name: part for b, part in zip(branches, denoised.split(sizes), strict=True)}
 
-    def _forward(self, model: str, info: StepInfo, x: Tensor, condition: Condition) -> Tensor:
-        if model not in self.models:
-            raise ValueError(f"the guidance asks for the model {model!r}; this run has {', '.join(self.models)}")
-        net = self.models[model]
+    def _forward(self, network: Network, info: StepInfo, x: Tensor, condition: Condition) -> Tensor:
+        name, perturbation = network
+        net = self.model(name)
         sigma = info.s / info.alpha if info.alpha else math.inf
         alpha = net.path(sigma)[0]
         if not math.isclose(alpha, info.alpha, rel_tol=1e-12):  # the network lives on another path than the sampler
             x = x * (alpha / info.alpha)
         self.ledger.calls += 1
-        return net(x, torch.full((x.shape[0],), sigma, dtype=torch.float64, device=x.device), condition)
+        levels = torch.full((x.shape[0],), sigma, dtype=torch.float64, device=x.device)
+        if perturbation is None:
+            denoised: Tensor = net(x, levels, condition)
+            return denoised
+        if not hasattr(net, "perturbed"):
+            raise ValueError(f"{self.guidance!r} needs a network that can be weakened in its layers; {name!r} cannot be")
+        with net.perturbed(perturbation):
+            denoised = net(x, levels, condition)
+        return denoised
+
+    def _conditions(self, info: StepInfo, branches: tuple[Branch, ...]) -> list[Condition]:
+        found = [self._condition(b.condition) for b in branches]
+        if not any(b.transform for b in branches):
+            return found
+        changed = [c if b.transform is None else b.transform(c, info, self) for b, c in zip(branches, found, strict=True)]
+        return [self.embed(c, b.model) for b, c in zip(branches, changed, strict=True)]
 
     def _condition(self, name: str) -> Condition:
         if name not in self.conditions:
@@ -172,33 +221,34 @@ class Guided:
             )
         return self.conditions[name]
 
-    def _record(self, info: StepInfo, branches: tuple[Branch, ...], predictions: Mapping[str, Tensor], result: Result) -> None:
-        rows = sum(self.batch if b.mask is None else int(b.mask.sum()) for b in branches)
-        weight = 1.0 if len(branches) == 1 else self.guidance.weight(info)
-        names = "+".join([b.name for b in branches])
+    def _record(self, info: StepInfo, predictions: Mapping[str, Tensor], result: Result) -> None:
+        asked = self._asked
         row = {
             "batch": 0,
             "step": info.index,
             "stage": info.stage,
             "sigma": info.sigma,
-            "weight": weight,
-            "branches": names,
-            "rows": rows,
+            "weight": 1.0 if len(asked) == 1 and not self._refines else self.guidance.weight(info),
+            "branches": "+".join([b.name for b in asked]),
+            "rows": sum([self.batch if b.mask is None else int(b.mask.sum()) for b in asked]),
         }
         row.update(result.stats)
         if self.level == "full":
-            row.update(_measure(info, branches, predictions, result))
+            row.update(_measure(info, asked, predictions, result))
         self.trace.add(row)
 
 
 def _measure(info: StepInfo, branches: tuple[Branch, ...], predictions: Mapping[str, Tensor], result: Result) -> dict[str, float]:
     out: dict[str, float] = {}
+    if "cond" not in predictions:
+        return out
     with torch.no_grad():  # statistics only
-        for branch in (b for b in branches if b.name == "uncond"):
+        for branch in (b for b in branches if b.name == "uncond" and "uncond" in predictions):
             a, b = ((info.x - info.alpha * predictions[n]).flatten(1) for n in ("cond", "uncond"))
             cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).cpu()
             out["cosine"] = float((cosine if branch.mask is None else cosine[branch.mask]).mean())
-        out["update_norm"] = float(torch.linalg.vector_norm((result.denoised - predictions["cond"]).flatten(1), dim=1).mean())
+        denoised = result.absorbed(info).denoised
+        out["update_norm"] = float(torch.linalg.vector_norm((denoised - predictions["cond"]).flatten(1), dim=1).mean())
     return out
 
 

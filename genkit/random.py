@@ -24,9 +24,9 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     return [int(seed) for seed in out]
 
 
-def generator(seed: int, stream: int = 0) -> torch.Generator:
+def generator(seed: int, stream: int = 0, *key: int) -> torch.Generator:
     """A CPU generator for one sample and one purpose; streams of one seed are independent (NumPy's SeedSequence hash)."""
-    state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, stream, *key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & MAX_SEED)
 
 
@@ -67,6 +67,19 @@ class StudentT:
         shape = torch.tensor([self.degrees / 2], dtype=torch.float64)
         chi2 = torch.stack([2 * torch._standard_gamma(shape, generator=g) for g in self.normal.generators])
         return z / (chi2 / self.degrees).sqrt().reshape(-1, *[1] * (like.ndim - 1)).to(z)
+
+
+class Keyed:
+    """``n ~ N(0, I)``, row b a function of ``seeds[b]`` and the key alone: no order of drawing, so nothing to resume."""
+
+    def __init__(self, seeds: Sequence[int], stream: int = 2) -> None:
+        self.seeds, self.stream = check_seeds(seeds), stream
+
+    def __call__(self, like: Tensor, *key: int) -> Tensor:
+        if len(like) != len(self.seeds):
+            raise ValueError(f"noise for {len(self.seeds)} seeds was asked for a batch of {len(like)}: give one seed per sample")
+        rows = [torch.randn(like.shape[1:], generator=generator(seed, self.stream, *key)) for seed in self.seeds]
+        return torch.stack(rows).to(like)
 
 
 class Fixed:

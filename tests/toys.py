@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path as File
@@ -16,9 +17,11 @@ from torch import Tensor
 from genkit import noise
 from genkit.denoiser import Condition, Denoiser, Guided
 from genkit.guidance import Guidance, StepInfo
+from genkit.guidance.base import Perturbation
 from genkit.noise import VE, Path
 from genkit.random import Gaussian
-from genkit.samplers.diffusion import Sampler, sample
+from genkit.samplers.diffusion import SAMPLERS, Sampler, find_sampler, sample
+from genkit.samplers.diffusion.loop import OFFERED
 
 GOLDEN = File(__file__).parent / "golden"
 UNCONDITIONAL = -1  # the label that stands for "no class"
@@ -36,7 +39,8 @@ class Mixture:
 
     ``D = sum_k r_k [mu_k + cov_k T_k^-1 (x - mu_k)]``, ``T_k = cov_k + sigma^2 I``, ``r_k ~ w_k(y) N(x; mu_k, T_k)``.
     The condition is a tensor of labels, or a mapping that has one under "label"; label -1 is the mixture over all classes.
-    ``extra`` widens every component: a worse model of the same data.
+    Its embedding is the weight of each component, in place of the label. ``extra`` widens every component: a worse model of the
+    same data, as a perturbed one is.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor, weight: Tensor, prior: Tensor, path: Path = VE, extra: float = 0.0) -> None:
@@ -44,6 +48,7 @@ class Mixture:
         self.mean, self.path = mean, path
         self.values, self.vectors = torch.linalg.eigh(cov + extra**2 * eye)
         self.log_weight = torch.cat([weight, (prior @ weight)[None]]).log()  # the last row, also reached as -1: no class
+        self.widened = 0.0
 
     @classmethod
     def from_golden(cls, arrays: Mapping[str, np.ndarray], extra: float = 0.0) -> Mixture:
@@ -69,10 +74,43 @@ class Mixture:
             flat = flat / torch.tensor([self.path(float(s))[0] for s in sigma], dtype=torch.float64)[:, None]
         flat = flat[:, None] - self.mean
         rotated = torch.einsum("kij,bki->bkj", self.vectors, flat)
-        total = self.values + sigma.double()[:, None, None].square()
-        log_r = self.log_weight[label] - (rotated.square() / total + total.log()).sum(-1) / 2
-        part = self.mean + torch.einsum("kij,bkj->bki", self.vectors, rotated * self.values / total)
+        values = self.values + self.widened
+        total = values + sigma.double()[:, None, None].square()
+        log_weight = label.clamp_min(1e-9).log() if label.is_floating_point() else self.log_weight[label]
+        log_r = log_weight - (rotated.square() / total + total.log()).sum(-1) / 2
+        part = self.mean + torch.einsum("kij,bkj->bki", self.vectors, rotated * values / total)
         return torch.einsum("bk,bki->bi", log_r.softmax(1), part).reshape(x.shape).to(x.dtype)
+
+    def embed(self, condition: Condition) -> Condition:
+        """Weights of the components in place of labels."""
+        if isinstance(condition, Mapping):
+            return {**condition, "label": self.embed(condition["label"])}
+        return condition if condition.is_floating_point() else self.log_weight[condition].exp()
+
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        """Wider components, how much depends on the kind."""
+        self.widened = {"identity": 0.3, "blur": 0.2, "skip": 0.4}[perturbation.kind]
+        try:
+            yield
+        finally:
+            self.widened = 0.0
+
+
+class Classifier:
+    """``log p(label | x)`` (B,) of the exact mixture, classes being equally probable."""
+
+    def __init__(self, inner: Mixture) -> None:
+        self.inner, self.path = inner, inner.path
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, /) -> Tensor:
+        label = condition["label"] if isinstance(condition, Mapping) else condition
+        flat = x.double().flatten(1)[:, None] - self.inner.mean
+        total = self.inner.values + sigma.double()[:, None, None].square()
+        rotated = torch.einsum("kij,bki->bkj", self.inner.vectors, flat)
+        log_density = -(rotated.square() / total + total.log()).sum(-1) / 2
+        log_joint = torch.logsumexp(log_density[:, None] + self.inner.log_weight[:-1], dim=-1)
+        return log_joint.log_softmax(1).gather(1, label[:, None])[:, 0].to(x.dtype)
 
 
 class Counting:
@@ -93,6 +131,14 @@ class Counting:
         self.outputs.append(self.inner(x, sigma, condition))
         return self.outputs[-1]
 
+    def embed(self, condition: Condition) -> Condition:
+        return self.inner.embed(condition)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+        with self.inner.perturbed(perturbation):  # type: ignore[attr-defined]
+            yield
+
     def rows(self, batch: int) -> list[int]:
         """Rows evaluated for each sample."""
         return np.bincount([i for ids in self.ids for i in ids], minlength=batch).tolist()
@@ -100,6 +146,7 @@ class Counting:
 
 SHAPE = (2, 2, 1)  # few values: in many dimensions the branches of an exact model soon agree
 MAIN, WEAK = Mixture.random(4), Mixture.random(4, extra=0.5)
+OTHERS = {"classifier": Classifier(MAIN), "minority": Classifier(WEAK)}  # what is not a denoiser
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
@@ -122,17 +169,23 @@ class Run:
         path: Path = VE,
         trace: Any = "basic",
     ) -> None:
-        index = list(rows)
+        index, solver = list(rows), suitable(sampler, guidance)
         self.main, self.weak = Counting(MAIN), Counting(WEAK)
-        models = {"main": self.main, "weak": self.weak}
-        self.guided = Guided(models, guidance, conditions(LABELS[index]), len(rows), trace=trace)
+        models = {"main": self.main, "weak": self.weak, **OTHERS}
+        self.guided = Guided(models, guidance, conditions(LABELS[index]), len(rows), trace=trace, seeds=index)
         sigmas = noise.karras(steps, 0.05, 3.0)
         start = Gaussian(index)(torch.empty(len(rows), *SHAPE, dtype=torch.float64)) * path(3.0)[1]
-        self.out = sample(self.guided, start, sigmas, sampler, path, noise=Gaussian(index, stream=1))
+        self.out = sample(self.guided, start, sigmas, solver, path, noise=Gaussian(index, stream=1))
 
     @property
     def nfe(self) -> list[int]:
         return self.guided.ledger.nfe
+
+
+def suitable(sampler: str | Sampler, guidance: Guidance) -> Sampler:
+    """The sampler, or the first one that offers what the guidance needs of it."""
+    wanted = guidance.needs & OFFERED
+    return next(s for s in (find_sampler(sampler), *SAMPLERS.values()) if wanted <= s.offers)
 
 
 @lru_cache(maxsize=256)
@@ -141,16 +194,22 @@ def reference(guidance: Guidance, sampler: str = "heun", path: Path = VE) -> Run
     return Run(guidance, sampler, path=path)
 
 
-def at_scale(guidance: Guidance, scale: float) -> Guidance:
-    """The same guidance with every ``scale`` in it replaced."""
+def with_parts(guidance: Guidance, change: Callable[[Guidance], Guidance]) -> Guidance:
+    """The same guidance with every guidance in its fields changed."""
     changes: dict[str, Any] = {}
     for field in fields(guidance):
         value = getattr(guidance, field.name)
         if isinstance(value, Guidance):
-            changes[field.name] = at_scale(value, scale)
-        elif field.name == "scale":
-            changes["scale"] = scale
-    return replace(guidance, **changes)
+            changes[field.name] = change(value)
+        elif isinstance(value, tuple) and any(isinstance(v, Guidance) for v in value):
+            changes[field.name] = tuple(change(v) if isinstance(v, Guidance) else v for v in value)
+    return replace(guidance, **changes) if changes else guidance
+
+
+def at_scale(guidance: Guidance, scale: float) -> Guidance:
+    """The same guidance with every ``scale`` in it replaced."""
+    made = with_parts(guidance, lambda part: at_scale(part, scale))
+    return replace(made, scale=scale) if "scale" in [f.name for f in fields(made)] else made
 
 
 def step_info(x: Tensor, index: int = 0, total: int = 1, sigma: float = 1.0, path: Path = VE, **changes: Any) -> StepInfo:

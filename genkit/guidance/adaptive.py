@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from genkit.guidance.base import COND, Branch, Predictions, Result, StepInfo, _Combinator, check_number
+from genkit.guidance.base import COND, Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
 
 
 class AdaptiveState(NamedTuple):
@@ -55,6 +55,10 @@ class Adaptive(_Combinator):
         everyone = torch.ones(batch, dtype=torch.bool)
         return AdaptiveState(self.inner.init(batch), everyone, everyone)
 
+    def prepare(self, info: StepInfo, run: Host, state: AdaptiveState) -> AdaptiveState:
+        guided = state.coming if info.stage == "step" else state.guided
+        return state._replace(inner=self.inner.prepare(info, run, state.inner)) if bool(guided.any()) else state
+
     def plan(self, info: StepInfo, state: AdaptiveState) -> tuple[Branch, ...]:
         guided = state.coming if info.stage == "step" else state.guided
         branches = self.inner.plan(info, state.inner)
@@ -69,16 +73,34 @@ class Adaptive(_Combinator):
         if not bool(guided.any()):
             return Result(predictions["cond"]), state._replace(guided=guided)
         result, inner = self.inner.combine(info, predictions, state.inner)
-        if not bool(guided.all()):
-            keep = guided.to(result.denoised.device).reshape(-1, *[1] * (result.denoised.ndim - 1))
-            direction = None if result.direction is None else torch.where(keep, result.direction, predictions["cond"])
-            result = Result(torch.where(keep, result.denoised, predictions["cond"]), direction, result.stats)
+        result = only(guided, result, Result(predictions["cond"]))
         coming = state.coming
         if info.stage == "step" and "uncond" in predictions:
             cosine = branch_cosine(info, predictions["cond"], predictions["uncond"], self.measure)
             coming = guided & (cosine < self.threshold).cpu()
             result = result._replace(stats={**result.stats, "agreement": float(cosine.detach().cpu()[guided].mean())})
         return result, AdaptiveState(inner, guided, coming)
+
+    def refine(self, info: StepInfo, result: Result, run: Host, state: AdaptiveState) -> tuple[Result, AdaptiveState]:
+        if not bool(state.guided.any()):
+            return result, state
+        refined, inner = self.inner.refine(info, result, run, state.inner)
+        return only(state.guided, refined, result), state._replace(inner=inner)
+
+
+def only(rows: Tensor, result: Result, other: Result) -> Result:
+    """``result`` in the samples of ``rows`` (B,) bool, ``other`` in the rest."""
+    if bool(rows.all()):
+        return result
+    keep = rows.to(result.denoised.device).reshape(-1, *[1] * (result.denoised.ndim - 1))
+    direction, score = None, None
+    if result.direction is not None or other.direction is not None:
+        a, b = (r.denoised if r.direction is None else r.direction for r in (result, other))
+        direction = torch.where(keep, a, b)
+    if result.score is not None or other.score is not None:
+        a, b = (torch.zeros_like(r.denoised) if r.score is None else r.score for r in (result, other))
+        score = torch.where(keep, a, b)
+    return Result(torch.where(keep, result.denoised, other.denoised), direction, result.stats, score)
 
 
 def branch_cosine(info: StepInfo, cond: Tensor, uncond: Tensor, measure: str) -> Tensor:

@@ -41,6 +41,7 @@ class APG(Guidance):
     eta: float = 0.0
     momentum: float = 0.0
     threshold: float = 0.0
+    affine: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ("APG(4.0)", "APG(4.0, eta=0.5, momentum=-0.5, threshold=5.0)")
 
     def __post_init__(self) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor
 
 from genkit import noise
 
 Stage = Literal["step", "second", "corrector"]
+
+Need = Literal["direction", "corrector", "perturb", "noise", "gradient", "prepare", "refine"]
+"""What a method needs of its host. ``direction``: the solver uses ``Result.direction``. ``corrector``: it has corrector stages.
+``perturb``: the network can be weakened in chosen layers. ``noise``: random numbers of the run. ``gradient``: derivatives
+through the network. ``prepare``, ``refine``: the hook of that name is called, and may evaluate the network itself."""
 
 
 class StepInfo(NamedTuple):
@@ -35,6 +40,18 @@ class StepInfo(NamedTuple):
     weight: float | None = None  # replaces the method's own scale when a combinator sets it
 
 
+class Perturbation(NamedTuple):
+    """A way to weaken a network in some of its layers, for the branch a guidance pushes away from.
+
+    ``identity``: self-attention returns its values (PAG). ``blur``: its queries are blurred over the image with a Gaussian of
+    ``sigma`` token widths, inf being their mean (SEG). ``skip``: the block passes its input on (SLG).
+    """
+
+    kind: Literal["identity", "blur", "skip"]
+    layers: tuple[str, ...] = ()  # names of the network's layers, or of groups of them; () is the model's own choice
+    sigma: float = math.inf
+
+
 class Branch(NamedTuple):
     """One prediction a step needs. Rows where ``mask`` (B,) is False are not evaluated; they hold the cond prediction."""
 
@@ -42,6 +59,13 @@ class Branch(NamedTuple):
     condition: str = "cond"
     model: str = "main"
     mask: Tensor | None = None
+    perturbation: Perturbation | None = None
+    transform: Transform | None = None  # applied to the condition anew at every evaluation
+
+    @property
+    def network(self) -> tuple[str, Perturbation | None]:
+        """What is evaluated: the model, and how it is weakened. Rows of one network share a forward pass."""
+        return self.model, self.perturbation
 
 
 COND = Branch("cond")
@@ -49,14 +73,57 @@ UNCOND = Branch("uncond", condition="uncond")
 
 
 class Result(NamedTuple):
-    """The guided clean-image estimate; ``direction``, if given, replaces it in ``n_hat = (x - alpha D) / s``."""
+    """The guided clean-image estimate; ``direction``, if given, replaces it in ``n_hat = (x - alpha D) / s``.
+
+    ``score`` is a gradient with respect to x, of a classifier's log-probability for example. A sampler that knows the variance
+    of its step may add variance * score to the step's mean; all others see it through :meth:`absorbed`.
+    """
 
     denoised: Tensor
     direction: Tensor | None = None
     stats: Mapping[str, float] = {}
+    score: Tensor | None = None
+
+    def absorbed(self, info: StepInfo) -> Result:
+        """The score moved into the estimate: ``D + (s^2 / alpha) score``; at alpha = 0 (pure noise) it is dropped."""
+        if self.score is None:
+            return self
+        if info.alpha == 0:
+            return self._replace(score=None)
+        shift = (info.s**2 / info.alpha) * self.score
+        moved = None if self.direction is None else self.direction + shift
+        return Result(self.denoised + shift, moved, self.stats)
 
 
 Predictions = Mapping[str, Tensor]
+
+
+class Host(Protocol):
+    """What a run offers to ``prepare``, ``refine`` and condition transforms: :class:`genkit.denoiser.Guided` is one."""
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        """Denoisers, classifiers and distances, by name."""
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """The condition of every name a branch may ask for."""
+
+    def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
+        """Predictions at ``info.x`` and its noise level, in x0 space: booked in the ledger, and differentiable."""
+
+    def noise(self, like: Tensor, info: StepInfo, draw: int = 0) -> Tensor:
+        """Unit Gaussian noise (B, ...): a function of each sample's seed, the evaluation and ``draw`` alone."""
+
+    def model(self, name: str) -> Any:
+        """One of ``models``. Raises ValueError that names those there are."""
+
+    def embed(self, condition: Any, model: str = "main") -> Any:
+        """The condition as real numbers: class labels become their embeddings."""
+
+
+Transform = Callable[[Any, StepInfo, Host], Any]
+"""``transform(condition, info, run) -> condition``, over the whole batch; hashable, like the guidance it belongs to."""
 
 _CLASSES: dict[str, type[Guidance]] = {}
 
@@ -72,6 +139,10 @@ class Guidance:
     examples: ClassVar[tuple[str, ...]] = ()
     #: The space in which ``rule`` sees predictions. Matters only for rules that are not affine in them.
     space: ClassVar[noise.Space] = "x0"
+    #: Whether ``rule`` is affine in the predictions, and so gives the same image in every space.
+    affine: ClassVar[bool] = True
+    #: What the method itself asks of its host beside ``plan`` and ``combine``; a host that lacks it refuses the method.
+    requires: ClassVar[frozenset[Need]] = frozenset()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -87,9 +158,25 @@ class Guidance:
         """The expression that makes this object."""
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
 
+    @property
+    def parts(self) -> tuple[Guidance, ...]:
+        """The guidances among its fields, and in tuples of them."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+        return tuple(v for v in flat if isinstance(v, Guidance))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it requires, with all its parts."""
+        return self.requires.union(*(part.needs for part in self.parts))
+
     def init(self, batch: int) -> Any:
         """State of a new run over ``batch`` samples; it belongs to the run and is handed back at every call."""
         return None
+
+    def prepare(self, info: StepInfo, run: Host, state: Any) -> Any:
+        """New state, before ``plan``. Called if the method requires ``"prepare"``."""
+        return state
 
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
         """The predictions this evaluation needs. Pure. What is not planned is not evaluated."""
@@ -102,11 +189,17 @@ class Guidance:
         a, s, x = info.alpha, info.s, info.x
         native = {name: noise.from_x0(d, x, a, s, self.space) for name, d in predictions.items()}
         result, state = self.rule(info, native, state)
-        return result._replace(denoised=noise.to_x0(result.denoised, x, a, s, self.space)), state
+        back = noise.to_x0(result.denoised, x, a, s, self.space)
+        direction = None if result.direction is None else noise.to_x0(result.direction, x, a, s, self.space)
+        return result._replace(denoised=back, direction=direction), state
 
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         """The formula, on predictions in the method's native space."""
         raise NotImplementedError
+
+    def refine(self, info: StepInfo, result: Result, run: Host, state: Any) -> tuple[Result, Any]:
+        """A better estimate and new state, after ``combine``. Called if the method requires ``"refine"``."""
+        return result, state
 
     def weight(self, info: StepInfo) -> float:
         """The guidance scale in force at this evaluation: the override of a combinator, or the method's own ``scale``."""
@@ -168,11 +261,17 @@ class _Combinator(Guidance):
     def init(self, batch: int) -> Any:
         return self.inner.init(batch)
 
+    def prepare(self, info: StepInfo, run: Host, state: Any) -> Any:
+        return self.inner.prepare(info, run, state)
+
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
         return self.inner.plan(info, state)
 
     def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         return self.inner.combine(info, predictions, state)
+
+    def refine(self, info: StepInfo, result: Result, run: Host, state: Any) -> tuple[Result, Any]:
+        return self.inner.refine(info, result, run, state)
 
 
 def signature(cls: type[Guidance]) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from genkit.guidance.base import COND, Branch, Predictions, Result, StepInfo, _Combinator, check_number
+from genkit.guidance.base import COND, Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Interval(_Combinator):
     def weight(self, info: StepInfo) -> float:
         return self.inner.weight(info) if self.active(info) else 1.0
 
+    def prepare(self, info: StepInfo, run: Host, state: Any) -> Any:
+        return self.inner.prepare(info, run, state) if self.active(info) else state
+
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
         return self.inner.plan(info, state) if self.active(info) else (COND,)
 
@@ -65,3 +68,6 @@ class Interval(_Combinator):
         if self.active(info):
             return self.inner.combine(info, predictions, state)
         return Result(predictions["cond"]), state
+
+    def refine(self, info: StepInfo, result: Result, run: Host, state: Any) -> tuple[Result, Any]:
+        return self.inner.refine(info, result, run, state) if self.active(info) else (result, state)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from genkit.guidance.base import Branch, Predictions, Result, StepInfo, _Combinator, check_number
+from genkit.guidance.base import Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
 
 #: Curves over progress u = 0 (first step, pure noise) .. 1 (last step), each with largest value 1. ``p`` is the power.
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -81,8 +81,14 @@ class Scheduled(_Combinator):
     def weight(self, info: StepInfo) -> float:
         return self.inner.weight(self.at(info))
 
+    def prepare(self, info: StepInfo, run: Host, state: Any) -> Any:
+        return self.inner.prepare(self.at(info), run, state)
+
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
         return self.inner.plan(self.at(info), state)
 
     def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         return self.inner.combine(self.at(info), predictions, state)
+
+    def refine(self, info: StepInfo, result: Result, run: Host, state: Any) -> tuple[Result, Any]:
+        return self.inner.refine(self.at(info), result, run, state)

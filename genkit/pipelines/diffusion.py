@@ -92,6 +92,7 @@ class ClassPipeline:
         """
         labels, seed_list = self._pair(classes, seeds)
         rule, solver = as_guidance(guidance), find_sampler(sampler)
+        solver.check(rule)
         sigmas = self._grid(solver, steps, grid)
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r}: use a positive integer, or None for all images at once")
@@ -106,18 +107,17 @@ class ClassPipeline:
                     callback(info, result)
 
             for some_labels, some_seeds in chunks:
-                run = self._run(rule, some_labels, trace)
+                run = self._run(rule, some_labels, some_seeds, trace)
                 latents.append(self._sample(run, some_seeds, solver, sigmas, tick if progress or callback else None))
                 nfe.extend(run.ledger.nfe)
                 calls += run.ledger.calls
                 table.extend(run.trace)
         return Output(torch.cat(latents), nfe, calls, table, seed_list, labels)
 
-    def _run(self, guidance: Guidance, labels: list[int], trace: TraceLevel) -> Guided:
+    def _run(self, guidance: Guidance, labels: list[int], seeds: list[int], trace: TraceLevel) -> Guided:
         cond = torch.tensor(labels, device=self.device)
-        return Guided(
-            self.models, guidance, {"cond": cond, "uncond": torch.full_like(cond, self.num_classes)}, len(labels), trace
-        )
+        conditions = {"cond": cond, "uncond": torch.full_like(cond, self.num_classes)}
+        return Guided(self.models, guidance, conditions, len(labels), trace, seeds)
 
     @torch.no_grad()
     def _sample(self, run: Guided, seeds: list[int], solver: Sampler, sigmas: Tensor, callback: Callback | None) -> Tensor:

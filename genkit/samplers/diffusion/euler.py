@@ -12,8 +12,8 @@ from genkit.noise import FLOW
 from genkit.samplers.diffusion.loop import Step, direction, register
 
 
-@register("flow_euler", order=1, grid="uniform_t", path=FLOW)
-@register("euler", order=1)
+@register("flow_euler", order=1, offers=("direction",), grid="uniform_t", path=FLOW)
+@register("euler", order=1, offers=("direction",))
 def euler(step: Step, x: Tensor, memory: Any) -> tuple[Tensor, Any]:
     """Euler: ``x' = alpha' D + s' n_hat``.
 
@@ -48,13 +48,13 @@ def ancestral(step: Step, x: Tensor, eta: float) -> Tensor:
     return out + (there.alpha * up) * step.draw(x)
 
 
-@register("ddim", order=1, eta=0.0)
+@register("ddim", order=1, offers=("direction",), eta=0.0)
 def ddim(step: Step, x: Tensor, memory: Any, eta: float) -> tuple[Tensor, Any]:
     """DDIM (Song et al. 2021, eq. 12 and 16): eta = 0 is deterministic and equal to Euler, eta = 1 is DDPM."""
     return ancestral(step, x, eta), None
 
 
-@register("euler_ancestral", order=1, eta=1.0)
+@register("euler_ancestral", order=1, offers=("direction",), eta=1.0)
 def euler_ancestral(step: Step, x: Tensor, memory: Any, eta: float) -> tuple[Tensor, Any]:
     """Euler with ancestral noise: DDIM whose default eta is 1."""
     return ancestral(step, x, eta), None

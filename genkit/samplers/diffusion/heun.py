@@ -12,8 +12,18 @@ from genkit.samplers.diffusion.euler import euler
 from genkit.samplers.diffusion.loop import Point, Step, direction, register
 
 
-@register("flow_heun", order=2, grid="uniform_t", path=FLOW, churn=0.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0)
-@register("heun", order=2, grid="edm", churn=0.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0)
+@register(
+    "flow_heun",
+    order=2,
+    offers=("direction",),
+    grid="uniform_t",
+    path=FLOW,
+    churn=0.0,
+    churn_min=0.0,
+    churn_max=math.inf,
+    churn_noise=1.0,
+)
+@register("heun", order=2, offers=("direction",), grid="edm", churn=0.0, churn_min=0.0, churn_max=math.inf, churn_noise=1.0)
 def heun(
     step: Step, x: Tensor, memory: Any, churn: float, churn_min: float, churn_max: float, churn_noise: float
 ) -> tuple[Tensor, Any]:

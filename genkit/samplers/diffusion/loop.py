@@ -6,12 +6,12 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from genkit.guidance.base import Result, Stage, StepInfo, is_number
+from genkit.guidance.base import Guidance, Need, Result, Stage, StepInfo, is_number
 from genkit.guidance.expressions import build
 from genkit.noise import Path
 from genkit.random import Noise
@@ -42,12 +42,17 @@ class Step:
         self.index, self.total = place
         self.callback: Callback | None = None
 
-    def denoise(self, x: Tensor, at: Point | None = None, stage: Stage = "step") -> Result:
-        """The guided estimate at ``x``, on the level ``at`` (default: where the step begins)."""
+    def denoise(self, x: Tensor, at: Point | None = None, stage: Stage = "step", keep_score: bool = False) -> Result:
+        """The guided estimate at ``x``, on the level ``at`` (default: where the step begins).
+
+        A score that comes with it is moved into the estimate, unless the solver keeps it to add it to a mean.
+        """
         at = at or self.here
         progress = self.index / (self.total - 1) if self.total > 1 else 0.0
         info = StepInfo(self.index, self.total, progress, stage, self.here.sigma, self.there.sigma, at.alpha, at.s, x)
         result = self.denoise_fn(info)
+        if result.score is not None and not keep_score:
+            result = result.absorbed(info)
         if self.callback is not None and stage == "step":
             self.callback(info, result)
         return result
@@ -76,6 +81,7 @@ class Sampler:
         grid: name of the grid of noise levels it is best used with.
         path: coordinates it integrates in; None means those of the network.
         options: keyword arguments of the step function.
+        offers: what it can give a guidance that asks for it: ``"direction"``, ``"corrector"``.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Sampler:
     path: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     doc: str = ""
+    offers: frozenset[Need] = frozenset()
 
     def __call__(self, *unnamed: Any, **options: Any) -> Sampler:
         """The sampler with other options, for example ``SAMPLERS["heun"](churn=40)``. Raises TypeError for one it lacks."""
@@ -97,22 +104,34 @@ class Sampler:
         for key, value in options.items():
             if not is_number(value) or not (0 <= value <= sys.float_info.max or value == math.inf):
                 raise ValueError(f"sampler {self.name!r}: {key}={value!r} must be a number from 0 on")
-        return Sampler(self.name, self.step, self.order, self.grid, self.path, {**self.options, **options}, self.doc)
+        return replace(self, options={**self.options, **options})
+
+    def check(self, guidance: Guidance) -> None:
+        """Raise ValueError if the guidance needs something of a sampler that this one does not offer."""
+        missing = (guidance.needs & OFFERED) - self.offers
+        if missing:
+            able = [name for name, other in SAMPLERS.items() if missing <= other.offers]
+            raise ValueError(
+                f"sampler={self.name!r} has no {' and no '.join(sorted(missing))}, which {guidance!r} needs; "
+                f"use one of {', '.join(able)}"
+            )
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})" if self.options else self.name
 
 
 SAMPLERS: dict[str, Sampler] = {}
+OFFERED: frozenset[Need] = frozenset({"direction", "corrector"})  # what depends on the sampler; the rest is up to the host
 
 
 def register(
-    name: str, *, order: int, grid: str = "karras", path: Path | None = None, **options: Any
+    name: str, *, order: int, grid: str = "karras", path: Path | None = None, offers: tuple[Need, ...] = (), **options: Any
 ) -> Callable[[StepFunction], StepFunction]:
     """Decorator: put a step function into the table under ``name``."""
 
     def add(step: StepFunction) -> StepFunction:
-        SAMPLERS[name] = Sampler(name, step, order, grid, path, options, (step.__doc__ or "").strip().splitlines()[0])
+        doc = (step.__doc__ or "").strip().splitlines()[0]
+        SAMPLERS[name] = Sampler(name, step, order, grid, path, options, doc, frozenset(offers))
         return step
 
     return add
@@ -165,10 +184,16 @@ def sample(
         noise: source for samplers that add noise; not touched while their noise scale is 0.
         callback: called after the first evaluation of every step with its StepInfo and Result.
 
+    Raises:
+        ValueError: the guidance needs something that the sampler does not offer.
+
     Returns:
         The state at ``sigmas[-1]``; the image itself if that is 0. Differentiable.
     """
     solver = find_sampler(sampler)
+    guidance = getattr(denoise, "guidance", None)
+    if isinstance(guidance, Guidance):
+        solver.check(guidance)
     grid = points(sigmas, path)
     total, memory, options = len(grid) - 1, None, dict(solver.options)
     for i in range(total):
