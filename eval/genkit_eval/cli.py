@@ -116,6 +116,20 @@ def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Fo
         typer.echo(f"report: {build_report(folder)}")
 
 
+@app.command()
+def guidances() -> None:
+    """List the guidance methods, those of installed plug-ins too, with their arguments and an example."""
+    from genkit.guidance import registry
+    from genkit.guidance.base import signature
+
+    for name, cls in sorted(registry().items()):
+        about = (cls.__doc__ or "").strip().splitlines()
+        typer.echo(f"{signature(cls) if name != 'NoGuidance' else 'none'}")
+        typer.echo(f"    {about[0] if about else ''}")
+        if cls.examples:
+            typer.echo(f"    for example {cls.examples[0]}")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point: exit code 0 when done, 2 for input that does not work (one line says what would), 130 when interrupted."""
     sys.exit(invoke(sys.argv[1:] if args is None else args))
