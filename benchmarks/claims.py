@@ -2,35 +2,35 @@
 
     python benchmarks/claims.py [--num-samples 5000] [--parts 2]
 
-``--parts N`` makes the images in N single-threaded processes first (finished blocks are shared), then scores them in one.
 An interrupted run goes on where it was. ``python benchmarks/results_page.py`` writes docs/results.md from what is kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLER, STEPS, LOW, HIGH = "dpmpp_2m", 8, 0.28, 5.42
+from compare import HIGH, LOW, generate, keep, options
 
 GUIDANCES = (
     "none",
+    "CFG(1.5)",
     "CFG(2.0)",
     "CFG(3.0)",
     "CFG(5.0)",
+    "CFG(8.0)",
     f"Interval(CFG(3.0), {LOW}, {HIGH})",
     f"Interval(CFG(5.0), {LOW}, {HIGH})",
+    f"Interval(CFG(8.0), {LOW}, {HIGH})",
     "APG(5.0)",
-    f"Interval(APG(5.0), {LOW}, {HIGH})",
+    "APG(8.0)",
+    f"Interval(APG(8.0), {LOW}, {HIGH})",
     "Adaptive(CFG(3.0), 0.991)",
     "Adaptive(CFG(3.0), 0.995, measure='x0')",
     "Scheduled(CFG(3.0), 'linear')",
+    "Scheduled(CFG(3.0), 'cosine')",
+    "Scheduled(CFG(3.0), 'lambda')",
 )
 
 #: (what is said, by whom, the method, what it is compared with, [(metric or cost, direction that agrees with the paper)])
@@ -45,22 +45,22 @@ CLAIMS: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "The same at a high scale",
         "Kynkaanniemi et al. 2024",
-        f"Interval(CFG(5.0), {LOW}, {HIGH})",
-        "CFG(5.0)",
+        f"Interval(CFG(8.0), {LOW}, {HIGH})",
+        "CFG(8.0)",
         (("frechet", "lower"), ("nfe", "lower")),
     ),
     (
         "APG raises recall at high scales and lowers saturation",
         "Sadat et al. 2024",
-        "APG(5.0)",
-        "CFG(5.0)",
+        "APG(8.0)",
+        "CFG(8.0)",
         (("recall", "higher"), ("saturation", "lower"), ("frechet", "lower")),
     ),
     (
         "The two compose: APG inside an interval against CFG",
         "(genkit)",
-        f"Interval(APG(5.0), {LOW}, {HIGH})",
-        "CFG(5.0)",
+        f"Interval(APG(8.0), {LOW}, {HIGH})",
+        "CFG(8.0)",
         (("frechet", "lower"), ("recall", "higher"), ("nfe", "lower")),
     ),
     (
@@ -87,36 +87,6 @@ CLAIMS: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
-def command(guidances: tuple[str, ...], samples: int, out: Path) -> list[str]:
-    wanted = [part for text in guidances for part in ("--guidance", text)]
-    sizes = ["--num-samples", str(samples), "--block-size", "100", "--sampler", SAMPLER, "--steps", str(STEPS)]
-    return [sys.executable, "-m", "genkit_eval", "run", "--model", "builtin/cifar10", "--out", str(out), *sizes, *wanted]
-
-
-def generate(samples: int, out: Path, parts: int) -> None:
-    """Images and scores of all guidances in ``out``; every block that exists is kept."""
-    out.mkdir(parents=True, exist_ok=True)
-    done = {entry["label"] for entry in finished(out)} if (out / "results.json").exists() else set()
-    missing = tuple(text for text in GUIDANCES if text not in done)
-    shares = [missing[part::parts] for part in range(parts)] if parts > 1 else []
-    jobs = [command(share, samples, out / f"part{number}") for number, share in enumerate(shares) if share]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    processes = [subprocess.Popen(job, env=environment) for job in jobs]
-    codes = [process.wait() for process in processes]  # every one, before giving up
-    if any(codes):
-        raise SystemExit("a part failed; see above. Run the same command again to go on.")
-    for folder in sorted(out.glob("part*/*/blocks")):
-        target = out / folder.parent.name
-        if not target.exists():
-            folder.parent.rename(target)
-    subprocess.run(command(GUIDANCES, samples, out), check=True)
-
-
-def finished(out: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads((out / "results.json").read_text())["guidances"]
-    return entries
-
-
 def paired(out: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """For every claim, the differences with their paired bootstrap intervals."""
     from genkit_eval.score import difference
@@ -141,20 +111,10 @@ def paired(out: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--num-samples", type=int, default=5000)
-    parser.add_argument("--parts", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "claims")
-    parser.add_argument("--keep", type=Path, default=ROOT / "docs" / "runs" / "claims.json")
-    args = parser.parse_args()
-    generate(args.num_samples, args.out, args.parts)
-    results = json.loads((args.out / "results.json").read_text())
-    for entry in results["guidances"]:
-        entry.pop("trace")
+    args = options(__doc__, "claims", 5000)
+    results = generate(GUIDANCES, args.num_samples, args.out, args.parts)
     results["claims"] = paired(args.out, results)
-    results["command"] = f"python benchmarks/claims.py --num-samples {args.num_samples}"
-    args.keep.parent.mkdir(parents=True, exist_ok=True)
-    args.keep.write_text(json.dumps(results, indent=1) + "\n")
+    keep(args.keep, results, "claims.py", args.num_samples)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ assert genkit.parse(repr(guidance)) == guidance
 out = genkit.load("builtin/cifar10")(classes=[3], seeds=[0], guidance=guidance, sampler="midpoint", steps=6)
 assert out.latents.isfinite().all() and 12 < out.nfe[0] < 24, out.nfe
 """
-    run(python_of("CONTRIBUTING.md") + check, tmp_path)
+    run(python_of("docs/write-a-guidance.md") + "\n" + python_of("CONTRIBUTING.md") + check, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -11,9 +11,17 @@ from matplotlib.figure import Figure
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
 
+MARKERS = "osD^vPX*"
+
+
 def colour(index: int) -> str:
     """Colour of guidance ``index``, the same in every plot."""
     return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    """Marker of guidance ``index``: another one whenever the colours begin anew."""
+    return MARKERS[index // len(COLOURS) % len(MARKERS)]
 
 
 def _png(figure: Figure) -> bytes:
@@ -29,12 +37,13 @@ def _plain(ax: Axes) -> None:
 
 def against(entries: list[dict[str, Any]], across: str, up: str) -> bytes:
     """Scatter of metric ``up`` over metric ``across`` ("nfe" for evaluations), with 95 % bars and one marker per guidance."""
-    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.0 + 0.08 * max(0, len(entries) - 5)), layout="constrained")  # room for the legend
     ax = figure.subplots()
     for index, entry in enumerate(entries):
         x, x_bar = _point(entry, across)
         y, y_bar = _point(entry, up)
-        ax.errorbar([x], [y], xerr=x_bar, yerr=y_bar, fmt="o", ms=7, capsize=3, lw=1.2, color=colour(index), label=entry["label"])
+        style = {"fmt": marker(index), "color": colour(index), "label": entry["label"]}
+        ax.errorbar([x], [y], xerr=x_bar, yerr=y_bar, ms=7, capsize=3, lw=1.2, **style)
     ax.set_xlabel(_title(entries, across))
     ax.set_ylabel(_title(entries, up))
     _plain(ax)
@@ -75,7 +84,8 @@ def traces(entries: list[dict[str, Any]]) -> bytes | None:
             # Thinner towards the last, so that lines which coincide stay visible.
             width = max(1.0, 4.0 - 0.7 * index)
             style = "default" if quantity == "cosine" else "steps-mid"
-            ax.plot(sigma, values, "o-", ms=3, lw=width, color=colour(index), label=entry["label"], alpha=0.85, drawstyle=style)
+            shown = {"marker": marker(index), "color": colour(index), "label": entry["label"], "drawstyle": style}
+            ax.plot(sigma, values, ms=3, lw=width, alpha=0.85, **shown)
         ax.set_ylabel(TRACED[quantity], fontsize=9)
         ax.set_xscale("log")
         _plain(ax)
