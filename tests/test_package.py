@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "genkit.noise": 1,
     "genkit.random": 1,
+    "genkit.weights": 1,
     "genkit.guidance": 2,
     "genkit.attention": 2,
     "genkit.models": 3,
