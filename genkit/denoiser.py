@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -20,6 +21,10 @@ Condition = Any
 TraceLevel = Literal["none", "basic", "full"]
 STAGES: tuple[str, ...] = get_args(Stage)
 Network = tuple[str, Perturbation | None]  # the name of a model, and how it is weakened
+
+
+class MissingCondition(ValueError):
+    """A guidance asked for a branch that the run has no condition for."""
 
 
 class Denoiser(Protocol):
@@ -55,6 +60,22 @@ class EDMDenoiser(nn.Module):
         c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
         f: Tensor = self.network((c_in * x).float(), sigma.float().log() / 4, condition)
         return c_skip * x + c_out * f.to(x.dtype)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes the network knows, if it says so."""
+        return getattr(self.network, "num_classes", None)
+
+    def embed(self, condition: Condition) -> Condition:
+        """The condition as real numbers, where the network knows how; else the condition itself."""
+        return self.network.embed(condition) if hasattr(self.network, "embed") else condition  # type: ignore[operator]
+
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        """Inside the returned context the network is weakened. Raises ValueError if it cannot be, or lacks the layers."""
+        if not hasattr(self.network, "perturbed"):
+            raise ValueError(f"{type(self.network).__name__} cannot be weakened in its layers: it has no method 'perturbed'")
+        context: AbstractContextManager[None] = self.network.perturbed(perturbation)  # type: ignore[operator]
+        return context
 
 
 class Ledger:
@@ -125,6 +146,11 @@ class Guided:
         if self.level != "none":
             self._record(info, predictions, result)
         return result
+
+    def condition_on(self, conditions: Mapping[str, Condition]) -> None:
+        """Go on with other conditions, for a host whose conditions change during a run."""
+        self.conditions = dict(conditions)
+        self._packed.clear()
 
     def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
         """Predictions of the planned branches, each (B, ...) in x0 space; one forward pass per model and perturbation."""
@@ -216,7 +242,7 @@ class Guided:
 
     def _condition(self, name: str) -> Condition:
         if name not in self.conditions:
-            raise ValueError(
+            raise MissingCondition(
                 f"the guidance asks for the {name!r} branch, which this model does not have (it has {', '.join(self.conditions)})"
             )
         return self.conditions[name]

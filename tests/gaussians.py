@@ -13,7 +13,7 @@ from genkit.noise import FLOW, VE, VP, Path
 from genkit.samplers import SAMPLERS, sample
 
 PATHS = [VE, VP, FLOW]
-NOISE_OPTIONS = ("eta", "churn")
+NOISE_OPTIONS = ("eta", "churn", "corrections", "times")
 
 
 def coordinates(path: Path, sigma: Tensor) -> tuple[Tensor, Tensor]:

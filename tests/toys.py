@@ -25,6 +25,7 @@ from genkit.samplers.diffusion.loop import OFFERED
 
 GOLDEN = File(__file__).parent / "golden"
 UNCONDITIONAL = -1  # the label that stands for "no class"
+CHANGED = -2  # what is noted for an embedding that stands for no label
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -114,10 +115,14 @@ class Classifier:
 
 
 class Counting:
-    """A denoiser that books every call: how many rows, at which sigma, and which sample and label each row belongs to."""
+    """A denoiser that books every call: how many rows, at which sigma, and which sample and label each row belongs to.
 
-    def __init__(self, inner: Denoiser) -> None:
+    ``log`` may be shared by several models: the labels of their calls, in the order of the calls.
+    """
+
+    def __init__(self, inner: Denoiser, log: list[list[int]] | None = None) -> None:
         self.inner, self.path = inner, inner.path
+        self.log: list[list[int]] = [] if log is None else log
         self.sigmas: list[Tensor] = []
         self.ids: list[list[int]] = []
         self.labels: list[list[int]] = []
@@ -127,9 +132,16 @@ class Counting:
         assert len(x) == len(sigma) == len(condition["label"]) == len(condition["id"])
         self.sigmas.append(sigma)
         self.ids.append(condition["id"].tolist())
-        self.labels.append(condition["label"].tolist())
+        self.labels.append(self.names(condition["label"]))
+        self.log.append(self.labels[-1])
         self.outputs.append(self.inner(x, sigma, condition))
         return self.outputs[-1]
+
+    def names(self, label: Tensor) -> list[int]:
+        if not label.is_floating_point():
+            return label.tolist()
+        none = self.embed(torch.tensor(UNCONDITIONAL))
+        return [UNCONDITIONAL if torch.equal(row, none) else CHANGED for row in label]
 
     def embed(self, condition: Condition) -> Condition:
         return self.inner.embed(condition)  # type: ignore[attr-defined]
@@ -170,7 +182,8 @@ class Run:
         trace: Any = "basic",
     ) -> None:
         index, solver = list(rows), suitable(sampler, guidance)
-        self.main, self.weak = Counting(MAIN), Counting(WEAK)
+        self.log: list[list[int]] = []
+        self.main, self.weak = Counting(MAIN, self.log), Counting(WEAK, self.log)
         models = {"main": self.main, "weak": self.weak, **OTHERS}
         self.guided = Guided(models, guidance, conditions(LABELS[index]), len(rows), trace=trace, seeds=index)
         sigmas = noise.karras(steps, 0.05, 3.0)
@@ -209,6 +222,8 @@ def with_parts(guidance: Guidance, change: Callable[[Guidance], Guidance]) -> Gu
 def at_scale(guidance: Guidance, scale: float) -> Guidance:
     """The same guidance with every ``scale`` in it replaced."""
     made = with_parts(guidance, lambda part: at_scale(part, scale))
+    if "scales" in [f.name for f in fields(made)]:  # one for each frequency band
+        made = replace(made, scales=(scale,) * len(made.scales))  # type: ignore[attr-defined, call-arg]
     return replace(made, scale=scale) if "scale" in [f.name for f in fields(made)] else made
 
 

@@ -10,13 +10,41 @@ from importlib.metadata import entry_points
 from genkit.guidance import base
 from genkit.guidance.adaptive import Adaptive
 from genkit.guidance.apg import APG
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Result, StepInfo
+from genkit.guidance.apg_mix import APGMix
+from genkit.guidance.autoguidance import Autoguidance
+from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Perturbation, Result, StepInfo
+from genkit.guidance.cads import CADS
 from genkit.guidance.cfg import CFG
+from genkit.guidance.cfg_zero_star import CFGZeroStar
+from genkit.guidance.cfgpp import CFGPP
+from genkit.guidance.classifier import ClassifierGuidance
+from genkit.guidance.dynamic_thresholding import DynamicThresholding
 from genkit.guidance.expressions import build
+from genkit.guidance.fdg import FDG
+from genkit.guidance.icg import ICG
 from genkit.guidance.interval import Interval
+from genkit.guidance.linear_ag import LinearAG
+from genkit.guidance.minority import MinorityGuidance, SelfMinority
+from genkit.guidance.minority_prompt import MinorityPrompt
+from genkit.guidance.momentum import MomentumGuidance
 from genkit.guidance.none import NoGuidance
+from genkit.guidance.norm_matched import NormMatched
+from genkit.guidance.pag import PAG
+from genkit.guidance.piecewise import Piecewise
+from genkit.guidance.predictor_corrector import PredictorCorrector
+from genkit.guidance.presets import PRESETS, Preset, preset
+from genkit.guidance.raag import RAAG
+from genkit.guidance.rectified_cfgpp import RectifiedCFGPP
+from genkit.guidance.rescaled import Rescaled
+from genkit.guidance.reuse_delta import ReuseDelta
 from genkit.guidance.scheduled import Scheduled
+from genkit.guidance.seg import SEG
+from genkit.guidance.slg import SLG
+from genkit.guidance.smc import SMC
+from genkit.guidance.sum import Sum
+from genkit.guidance.tcfg import TCFG
 from genkit.guidance.trace import Trace
+from genkit.guidance.zero_init import ZeroInit
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -55,18 +83,50 @@ def parse(text: str) -> Guidance:
 
 __all__ = [
     "APG",
+    "CADS",
     "CFG",
+    "CFGPP",
     "COND",
+    "FDG",
+    "ICG",
+    "PAG",
+    "PRESETS",
+    "RAAG",
+    "SEG",
+    "SLG",
+    "SMC",
+    "TCFG",
     "UNCOND",
+    "APGMix",
     "Adaptive",
+    "Autoguidance",
     "Branch",
+    "CFGZeroStar",
+    "ClassifierGuidance",
+    "DynamicThresholding",
     "Guidance",
     "Interval",
+    "LinearAG",
+    "MinorityGuidance",
+    "MinorityPrompt",
+    "MomentumGuidance",
     "NoGuidance",
+    "NormMatched",
+    "Perturbation",
+    "Piecewise",
+    "PredictorCorrector",
+    "Preset",
+    "RectifiedCFGPP",
+    "Rescaled",
     "Result",
+    "ReuseDelta",
     "Scheduled",
+    "SelfMinority",
     "StepInfo",
+    "Sum",
     "Trace",
+    "ZeroInit",
     "parse",
+    "preset",
     "registry",
 ]

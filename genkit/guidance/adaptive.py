@@ -30,7 +30,8 @@ class Adaptive(_Combinator):
 
     Args:
         inner: a guidance that uses the unconditional branch.
-        threshold: gamma-bar in [-1, inf]. Above 1 it never stops, 0.991 saved a quarter of the evaluations in the paper.
+        threshold: gamma-bar in [-1, inf]. Above 1 it never stops. The paper reports a quarter of the
+            evaluations saved; which threshold does that depends on the model.
         measure: ``"eps"`` (the paper's) or ``"x0"``.
 
     Raises:
@@ -62,20 +63,24 @@ class Adaptive(_Combinator):
     def plan(self, info: StepInfo, state: AdaptiveState) -> tuple[Branch, ...]:
         guided = state.coming if info.stage == "step" else state.guided
         branches = self.inner.plan(info, state.inner)
-        if bool(guided.all()):
+        names = {b.name for b in branches}
+        if bool(guided.all()) and ("cond" in names or "uncond" not in names or self.threshold > 1):
             return branches
+        cond = next((b for b in branches if b.name == "cond"), COND)  # its own: it may change the condition
         if not bool(guided.any()):
-            return (COND,)
-        return tuple(b if b.name == "cond" else b._replace(mask=guided if b.mask is None else b.mask & guided) for b in branches)
+            return (cond,)
+        masked = [b._replace(mask=guided if b.mask is None else b.mask & guided) for b in branches if b.name != "cond"]
+        return cond, *masked  # cond also where the method inside does without: to compare, and for those that have left
 
     def combine(self, info: StepInfo, predictions: Predictions, state: AdaptiveState) -> tuple[Result, AdaptiveState]:
         guided = state.coming if info.stage == "step" else state.guided
         if not bool(guided.any()):
             return Result(predictions["cond"]), state._replace(guided=guided)
         result, inner = self.inner.combine(info, predictions, state.inner)
-        result = only(guided, result, Result(predictions["cond"]))
+        if not bool(guided.all()):  # else a cond prediction is not needed, and need not be there
+            result = only(guided, result, Result(predictions["cond"]))
         coming = state.coming
-        if info.stage == "step" and "uncond" in predictions:
+        if info.stage == "step" and "cond" in predictions and "uncond" in predictions:
             cosine = branch_cosine(info, predictions["cond"], predictions["uncond"], self.measure)
             coming = guided & (cosine < self.threshold).cpu()
             result = result._replace(stats={**result.stats, "agreement": float(cosine.detach().cpu()[guided].mean())})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeGuard
 
@@ -156,7 +157,7 @@ class Guidance:
 
     def __repr__(self) -> str:
         """The expression that makes this object."""
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in arguments(type(self)))})"
 
     @property
     def parts(self) -> tuple[Guidance, ...]:
@@ -201,6 +202,11 @@ class Guidance:
         """A better estimate and new state, after ``combine``. Called if the method requires ``"refine"``."""
         return result, state
 
+    def to_diffusers(self, scheduler: Any = None) -> Any:
+        """This guidance as a guider of diffusers' modular pipelines; see ``genkit.to_diffusers``. Needs diffusers."""
+        # A convenience for users: this floor itself knows nothing of what it looks up here.
+        return importlib.import_module("genkit.pipelines.to_diffusers").to_diffusers(self, scheduler)
+
     def weight(self, info: StepInfo) -> float:
         """The guidance scale in force at this evaluation: the override of a combinator, or the method's own ``scale``."""
         own: float = getattr(self, "scale", 1.0)
@@ -232,6 +238,14 @@ def check_number(owner: object, name: str, low: float = -math.inf, high: float =
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be {bounds}")
     if type(value) is not float:  # CFG(3) and CFG(3.0) are one object, with one repr
         object.__setattr__(owner, name, float(value))
+
+
+def check_count(owner: object, name: str, low: int) -> None:
+    """Raise ValueError unless field ``name`` of ``owner`` is an integer from ``low`` on. The field becomes a Python int."""
+    value = getattr(owner, name)
+    if not is_number(value) or value != value // 1 or not low <= value < sys.maxsize:
+        raise ValueError(f"{type(owner).__name__}: {name}={value!r} must be an integer from {low} on")
+    object.__setattr__(owner, name, int(value))
 
 
 def check_guidance(owner: object, name: str = "inner") -> None:
@@ -274,7 +288,12 @@ class _Combinator(Guidance):
         return self.inner.refine(info, result, run, state)
 
 
+def arguments(cls: type[Guidance]) -> list[Field[Any]]:
+    """Its fields in the order of a call: keyword-only ones last, also where one of them hides an attribute of the class."""
+    return sorted(fields(cls), key=lambda f: f.kw_only is True)
+
+
 def signature(cls: type[Guidance]) -> str:
     """``Name(field, field=default, ...)``, for messages and help."""
-    parts = [f.name if f.default is f.default_factory else f"{f.name}={f.default!r}" for f in fields(cls)]
+    parts = [f.name if f.default is f.default_factory else f"{f.name}={f.default!r}" for f in arguments(cls)]
     return f"{cls.__name__}({', '.join(parts)})"

@@ -13,22 +13,27 @@ class CFG(Guidance):
     """``D = D_c + (w - 1)(D_c - D_u)`` (Ho & Salimans 2022, eq. 6, whose w is this w - 1).
 
     Args:
-        scale: w. 1 means no guidance (the unconditional branch is then not evaluated), 0 the unconditional prediction.
+        scale: w. 1 means no guidance, 0 the unconditional prediction: either evaluates its one branch only.
 
     Raises:
         ValueError: scale is not a finite number.
     """
 
     scale: float
-    examples: ClassVar[tuple[str, ...]] = ("CFG(3.0)", "CFG(0.5)")
+    examples: ClassVar[tuple[str, ...]] = ("CFG(3.0)", "CFG(0.5)", "CFG(0.0)")
 
     def __post_init__(self) -> None:
         check_number(self, "scale")
 
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
+        w = self.weight(info)
+        return (COND,) if w == 1 else (UNCOND,) if w == 0 else (COND, UNCOND)
 
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        w, cond = self.weight(info), predictions["cond"]
+        w = self.weight(info)
+        if w == 1:
+            return Result(predictions["cond"]), state
+        if w == 0:  # said in the statistics too, since a trace takes a single branch for no guidance
+            return Result(predictions["uncond"], stats={"weight": w}), state
         # lerp is D_u + w (D_c - D_u), the same thing in one operation.
-        return Result(cond if w == 1 else predictions["uncond"].lerp(cond, w)), state
+        return Result(predictions["uncond"].lerp(predictions["cond"], w)), state

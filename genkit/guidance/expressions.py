@@ -102,6 +102,7 @@ class _Builder:
 
     def unknown(self, name: str) -> str:
         lowered = {known.lower(): known for known in self.names}
-        near = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
+        same = [name.lower()] if name.lower() in lowered else []
+        near = [lowered[m] for m in same or difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(sorted(self.names))}"
         return f"{self.what}: unknown name {name!r}; {hint}"

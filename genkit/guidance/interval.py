@@ -50,6 +50,10 @@ class Interval(_Combinator):
     def active(self, info: StepInfo) -> bool:
         """Whether the step is inside."""
         if self.unit == "sigma":
+            if math.isnan(info.sigma):
+                raise ValueError(
+                    "Interval: unit='sigma', but these steps have no noise level; use unit='step' or unit='fraction'"
+                )
             return self.low < info.sigma <= self.high
         if self.unit == "step":
             return self.low <= info.index <= self.high

@@ -42,7 +42,8 @@ class Scheduled(_Combinator):
         shape: ``constant``; rising: ``linear``, ``cosine``, ``power_cosine``; falling, their mirror images:
             ``inverse_linear``, ``sine``; ``v`` (high, low, high); ``lambda`` (low, high, low).
         power: s of ``power_cosine``, ``(1 - cos(pi u^s)) / 2``: below 1 rises earlier, above 1 later. Others ignore it.
-        clamp: c, a floor under ``w_i - 1``, in units of w - 1; 0 is none. The paper found c = 2 (SD 1.5) and 4 (SDXL).
+        clamp: c, a floor under ``w_i - 1``, in units of w - 1; 0 is none. sd-webui-incantations suggests 2
+            for SD 1.5 and 4 for SDXL.
         preserve_mean: scale the curve so that its mean over the steps is 1 (before the clamp), which gives the factor 2 of
             ``linear`` and ``cosine``; False leaves its largest value at 1, the paper's form of ``power_cosine``.
 

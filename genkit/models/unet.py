@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from genkit.guidance.base import Perturbation
+from genkit.models import perturb
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if perturb.active(self):  # a block has one way to be weakened: it is skipped
+            passed: Tensor = self.skip(x)
+            return passed
         scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm(x)))
         h = self.conv2(F.silu(torch.addcmul(h + shift, h, scale)))
@@ -70,9 +77,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
+        perturbation = perturb.active(self)
+        if perturbation is not None and perturbation.kind == "skip":
+            return x
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
         q, k, v = qkv.unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        y = perturb.attention(q, k, v, h, w, perturbation).transpose(-1, -2).reshape(b, c, h, w)
         out: Tensor = x + self.out(y)
         return out
 
@@ -97,7 +107,11 @@ class NoiseEmbedding(nn.Module):
 class UNet(nn.Module):
     """``F(x, c_noise, label)``: image (B, C, H, W), noise condition (B,), integer labels (B,) to an image of the same shape.
 
-    Label ``num_classes`` is the dropped label: the unconditional branch.
+    Label ``num_classes`` is the dropped label: the unconditional branch. In place of labels their embeddings (B, e) are taken.
+
+    Layers that :meth:`perturbed` can weaken are named as in the state dict: ``"down.4.1"`` is an attention where that level has
+    one, ``"down.4.0"`` the block before it, ``"down.4"`` both, ``"down"`` and ``"up"`` all on the way down and up, ``"middle"``
+    the block between. ``"mid"``, the default: the last attention before and the first after the middle; for a skip, the middle.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -135,8 +149,31 @@ class UNet(nn.Module):
             stage.append(SelfAttention(c_out, self.config.groups))
         return stage
 
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def embed(self, label: Tensor) -> Tensor:
+        """Embeddings (B, e) of integer labels (B,); what is real-valued already comes back."""
+        out: Tensor = label.to(self.label.weight.dtype) if label.is_floating_point() else self.label(label)
+        return out
+
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
+        """Inside the returned context, in this thread, the layers of the perturbation are weakened.
+
+        Raises:
+            ValueError: a layer this network does not have, or that cannot be weakened in this way.
+        """
+        skip = perturbation.kind == "skip"
+        kinds = (SelfAttention, ResBlock) if skip else (SelfAttention,)
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, kinds)}
+        down, up = ([name for name in layers if name.startswith(way)] for way in ("down.", "up."))
+        mid = ["middle"] if skip else down[-1:] + up[:1]
+        layers |= {f"mid.{name}": layers[name] for name in mid}
+        return perturb.weakened(perturb.select(layers, perturbation.layers or ("mid",)), perturbation)
+
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
-        emb = F.silu(self.mix(F.silu(self.noise(c_noise) + self.label(label))))
+        emb = F.silu(self.mix(F.silu(self.noise(c_noise) + self.embed(label))))
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = []
         for layer in self.down:

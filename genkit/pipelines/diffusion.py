@@ -27,7 +27,8 @@ class ClassPipeline:
     """Class labels in, images out: ``pipe(classes=[3, "ship"], seeds=[0, 1], guidance=Interval(CFG(3.0), 0.28, 5.42))``.
 
     Attributes:
-        models: denoisers by name; ``"main"``, and ``"weak"`` where an early snapshot was shipped.
+        models: denoisers by name; ``"main"``, and ``"weak"`` where an early snapshot was shipped. ``"minority"`` is no denoiser
+            but the classifier of minority levels, where there is one.
         class_names: names of the classes 0 .. C - 1. Label C is the dropped label, the unconditional branch.
         image_shape: (channels, height, width).
         sigma_min, sigma_max: noise levels the model was trained for.

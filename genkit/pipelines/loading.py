@@ -6,31 +6,47 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from genkit.denoiser import EDMDenoiser
+from genkit.denoiser import Denoiser, EDMDenoiser
+from genkit.models.minority import load_minority
 from genkit.models.unet import UNet, UNetConfig
 from genkit.pipelines.diffusion import ClassPipeline
+from genkit.weights import fit, read_safetensors
 
-#: Built-in models: file of the main network and of its early, weaker snapshot, inside ``genkit/assets``.
+#: Built-in models: file of the main network and, where they exist, of those that go with it, inside ``genkit/assets``.
 BUILTIN: dict[str, dict[str, str]] = {
-    "builtin/cifar10": {"main": "cifar10/diffusion.safetensors", "weak": "cifar10/diffusion_weak.safetensors"},
+    "builtin/cifar10": {
+        "main": "cifar10/diffusion.safetensors",
+        "weak": "cifar10/diffusion_weak.safetensors",
+        "minority": "cifar10/minority.safetensors",
+    },
+}
+#: How to read what goes with a main network: its early, weaker snapshot, and a classifier of minority levels.
+READERS: dict[str, Callable[[Path], Denoiser]] = {
+    "weak": lambda path: load_checkpoint(path)[0],
+    "minority": load_minority,
 }
 
 FORMAT = "genkit-edm-unet-1"
 
 
-def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ClassPipeline:
+@overload
+def load(model: Literal["builtin/cifar10"], *, device: str | torch.device = "cpu") -> ClassPipeline: ...
+@overload
+def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Any: ...
+def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Any:
     """A pipeline for a built-in model (``"builtin/cifar10"``) or for a checkpoint file written by :func:`save_checkpoint`.
+
+    For a folder of diffusers, one with a model_index.json, it is a ``DiffusersPipeline``.
 
     Raises:
         ValueError: an unknown name, a file that is damaged or of another kind, weights that are not finite.
@@ -39,6 +55,8 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
     if not isinstance(model, str | os.PathLike):
         raise ValueError(f"model={model!r}: give one of {', '.join(BUILTIN)}, or a path to a .safetensors file")
     name, device = os.fspath(model), check_device(device)
+    if (Path(name) / "model_index.json").is_file():
+        return _load_diffusers(name).to(device)
     if name in BUILTIN:
         assets = files("genkit") / "assets"
         paths = {role: Path(str(assets / file)) for role, file in BUILTIN[name].items()}
@@ -49,13 +67,13 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
         )
     else:
         paths = {"main": Path(name)}
-    loaded = {role: load_checkpoint(path) for role, path in paths.items()}
-    denoiser, about = loaded["main"]
+    denoiser, about = load_checkpoint(paths["main"])
+    others = {role: READERS[role](path) for role, path in paths.items() if role != "main"}
     config = denoiser.network.config
     assert isinstance(config, UNetConfig)
     names = about["class_names"]
     pipe = ClassPipeline(
-        models={role: net for role, (net, _) in loaded.items()},
+        models={"main": denoiser, **others},
         class_names=tuple(names),
         image_shape=(config.image_channels, config.image_size, config.image_size),
         fingerprint=hashlib.sha256(b"".join(path.read_bytes() for path in paths.values())).hexdigest(),
@@ -64,6 +82,14 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
         sigma_max=float(about["sigma_max"]),
     )
     return pipe.to(device)
+
+
+def _load_diffusers(folder: str) -> Any:
+    if find_spec("diffusers") is None:
+        raise ImportError(f"model={folder!r} is a folder of diffusers, which is not installed: pip install diffusers")
+    from genkit.pipelines.diffusers_pipeline import DiffusersPipeline  # takes seconds to import
+
+    return DiffusersPipeline.from_pretrained(folder)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -83,14 +109,7 @@ def load_checkpoint(path: Path) -> tuple[EDMDenoiser, dict[str, Any]]:
         raise FileNotFoundError(
             f"model={str(path)!r} is not a file; give a .safetensors checkpoint or one of {', '.join(BUILTIN)}"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"model={str(path)!r} cannot be read as safetensors ({error}); the file is damaged or of another format"
-        ) from None
+    weights, metadata = read_safetensors(path, name="model")
     about = _about(path, metadata)
     try:
         network = UNet(UNetConfig(**about["network"]))
@@ -98,7 +117,7 @@ def load_checkpoint(path: Path) -> tuple[EDMDenoiser, dict[str, Any]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"model={str(path)!r}: its network description does not fit this version of genkit ({error})") from None
     _agree(path, about, network.config.num_classes)
-    _fit(path, denoiser, weights)
+    fit(denoiser, weights, path, name="model", what="the network it describes")
     # Plain eval-mode weights; channels-last is what the CPU convolutions are fastest in.
     return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last), about  # type: ignore[call-overload]
 
@@ -124,23 +143,6 @@ def _agree(path: Path, about: Mapping[str, Any], classes: int) -> None:
         raise ValueError(
             f"model={str(path)!r}: its metadata has sigma_min={low!r}, sigma_max={high!r}; 0 < sigma_min < sigma_max is needed"
         )
-
-
-def _fit(path: Path, denoiser: EDMDenoiser, weights: dict[str, Tensor]) -> None:
-    expected = denoiser.state_dict()
-    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape] + [
-        k for k in weights if k not in expected
-    ]
-    if wrong:
-        raise ValueError(
-            f"model={str(path)!r}: {len(wrong)} weights do not fit the network it describes, first {', '.join(wrong[:3])}"
-        )
-    for key, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"model={str(path)!r}: weight {key!r} holds NaN or infinity; the file is damaged or the training diverged"
-            )
-    denoiser.load_state_dict({k: v.float() for k, v in weights.items()})
 
 
 def save_checkpoint(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from genkit import noise
 from genkit.denoiser import Guided
-from genkit.guidance import CFG, COND, Branch, Guidance, Interval, NoGuidance, Result, StepInfo
+from genkit.guidance import CFG, Guidance, Interval, NoGuidance, Result, StepInfo
+from genkit.guidance.autoguidance import Autoguidance
 from genkit.noise import VE
 from genkit.random import Fixed
 from genkit.samplers.diffusion import SAMPLERS, sample
@@ -20,21 +20,6 @@ from tests.toys import Counting, Mixture, conditions, golden
 
 INTERVAL, INTERVAL_META = golden("guidance/edm_interval")
 SECOND, SECOND_META = golden("guidance/edm2_guiding_net")
-
-
-@dataclass(frozen=True)
-class _Auto(Guidance):
-    """``D = D_weak + w (D_main - D_weak)``, both with the same condition."""
-
-    scale: float
-    space: ClassVar[noise.Space] = "x0"
-
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return COND, Branch("weak", model="weak")
-
-    def rule(self, info: StepInfo, predictions: Any, state: Any) -> tuple[Result, Any]:
-        weak = predictions["weak"]
-        return Result(weak + self.scale * (predictions["cond"] - weak)), state
 
 
 class Trajectory:
@@ -122,12 +107,16 @@ def test_interval_of_steps_is_the_interval_of_their_sigmas() -> None:
     assert run.guided.ledger.nfe == [75] * 6
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c["key"]) for c in SECOND_META["cases"]])
-def test_guidance_by_a_second_network(case: dict[str, Any]) -> None:
+KINDS = {"auto": "cond", "uncond": "uncond"}  # what the second network is conditioned on
+SECOND_RUNS = [(c, Autoguidance(c["guidance"], condition=KINDS[c["kind"]])) for c in SECOND_META["cases"]]
+SECOND_RUNS += [(c, CFG(c["guidance"])) for c in SECOND_META["cases"] if c["kind"] == "uncond"]  # the same networks, one call
+
+
+@pytest.mark.parametrize(("case", "guidance"), SECOND_RUNS, ids=lambda v: v["key"] if isinstance(v, dict) else type(v).__name__)
+def test_guidance_by_a_second_network(case: dict[str, Any], guidance: Guidance) -> None:
     key, steps = case["key"], case["num_steps"]
-    auto = case["kind"] == "auto"
+    auto = isinstance(guidance, Autoguidance)
     models = {"main": Mixture.from_golden(SECOND), "weak": Mixture.from_golden(SECOND, extra=case["guiding_extra_std"])}
-    guidance = _Auto(case["guidance"]) if auto else CFG(case["guidance"])
     run = Trajectory(models, guidance, SECOND, steps, {}, None)
     torch.testing.assert_close(run.final, torch.from_numpy(SECOND[f"{key}__final"]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.stack(run.x), torch.from_numpy(SECOND[f"{key}__x_euler"]), rtol=1e-9, atol=1e-9)

@@ -11,7 +11,7 @@ from genkit.random import Gaussian
 from genkit.samplers import SAMPLERS
 from tests.gaussians import NOISE_OPTIONS, TRIANGLE, Gaussians, Mixture, noise_free, solve
 
-STRENGTH = {"eta": 1.0, "churn": 20.0}
+STRENGTH = {"eta": 1.0, "churn": 20.0, "corrections": 1, "times": 1}
 STOCHASTIC = [(name, key) for name, s in SAMPLERS.items() for key in NOISE_OPTIONS if key in s.options]
 GRID = edm(6)
 
@@ -64,8 +64,9 @@ def test_noise_is_drawn_once_in_every_step_that_adds_some(name, key):
     x, source = torch.ones(2, 1, dtype=torch.float64), Counting([0, 1])
     before = torch.get_rng_state()
     solve(Gaussians(), x, GRID, SAMPLERS[name](**{key: STRENGTH[key]}), noise=source)
-    # An ancestral step to sigma = 0 adds nothing; churn acts before the step and so in the last one too.
-    assert source.steps == (list(range(5)) if key == "eta" else list(range(6)))
+    # A step to sigma = 0 adds nothing; churn acts before the step and so in the last one too; restarts only where they rise.
+    expected = {"churn": list(range(6)), "times": [4]}
+    assert source.steps == expected.get(key, list(range(5)))
     assert torch.equal(torch.get_rng_state(), before)
 
 

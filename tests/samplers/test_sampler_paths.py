@@ -38,7 +38,7 @@ def test_every_sampler_on_every_path_has_the_same_limit(name, path, limit):
 
 
 @pytest.mark.parametrize("path", [VP, FLOW], ids=lambda p: p.name)
-@pytest.mark.parametrize("name", ["euler", "ddim", "ddim(eta=0.5)", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["euler", "ddim", "ddim(eta=0.5)", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "pcg"])
 def test_steps_that_freeze_the_estimate_are_the_same_on_every_path(name, path):
     """alpha' D + s' n_hat is a rescaled ve step, so eight coarse steps already agree to rounding."""
     grid, n = karras(8, 0.01, 20.0), Fixed(noise(8, 3, 2, seed=1))
@@ -96,7 +96,7 @@ def spread(out, means):
 def loud(name):
     """Every version of a sampler worth sampling with: as registered, and with each of its noises on."""
     sampler = SAMPLERS[name]
-    strength = {"eta": 1.0, "churn": 30.0}
+    strength = {"eta": 1.0, "churn": 30.0, "corrections": 3, "times": 4}
     versions = [sampler, *(sampler(**{key: strength[key]}) for key in NOISE_OPTIONS if key in sampler.options)]
     return {str(v): v for v in versions}.values()
 

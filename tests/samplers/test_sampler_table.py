@@ -12,7 +12,8 @@ from genkit.samplers.diffusion import Sampler, find_sampler, register, start
 from tests.gaussians import Gaussians, noise_free, solve
 
 X = torch.ones(2, 1, dtype=torch.float64)
-NAMES = {"euler", "heun", "euler_ancestral", "ddim", "dpmpp_2m", "flow_euler", "flow_heun"}
+NAMES = {"euler", "heun", "euler_ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "flow_euler", "flow_heun"}
+NAMES |= {"restart", "pcg", "iddpm"}
 
 
 def test_the_table_is_complete_and_documented():
@@ -28,7 +29,7 @@ def test_the_table_is_complete_and_documented():
 def test_evaluations_per_step(name):
     model = Gaussians()
     solve(model, X, edm(5), noise_free(name))
-    assert len(model.rows) == (9 if "heun" in name else 5)
+    assert len(model.rows) == (9 if "heun" in name or name == "restart" else 5)
     assert set(model.rows) == {2}
 
 
@@ -58,6 +59,8 @@ def test_options_make_a_new_sampler():
         ("ddim(eta=nan)", "eta=nan must be a number from 0 on"),
         ("ddim(eta=True)", "eta=True must be"),
         ("ddim(eta='big')", "eta='big' must be"),
+        ("pcg(corrections=1.5)", "corrections=1.5 must be a whole number"),
+        ("restart(times=inf)", "times=inf must be a whole number"),
         ("__import__('os')", "unknown name '__import__'"),
         ("heun.step", "not allowed"),
         ("heun(", "not an expression"),

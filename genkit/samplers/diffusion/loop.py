@@ -19,6 +19,7 @@ from genkit.random import Noise
 Denoise = Callable[[StepInfo], Result]
 StepFunction = Callable[..., tuple[Tensor, Any]]
 Callback = Callable[[StepInfo, Result], None]
+Route = Callable[[list["Point"], Path, Mapping[str, Any]], list["Point"]]
 
 
 class Point(NamedTuple):
@@ -82,6 +83,8 @@ class Sampler:
         path: coordinates it integrates in; None means those of the network.
         options: keyword arguments of the step function.
         offers: what it can give a guidance that asks for it: ``"direction"``, ``"corrector"``.
+        route: ``route(points, path, options)``, the levels to visit in place of those of the grid. They may rise; the step
+            function then gets a ``here`` below ``there``.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict)
     doc: str = ""
     offers: frozenset[Need] = frozenset()
+    route: Route | None = None
 
     def __call__(self, *unnamed: Any, **options: Any) -> Sampler:
         """The sampler with other options, for example ``SAMPLERS["heun"](churn=40)``. Raises TypeError for one it lacks."""
@@ -104,6 +108,8 @@ class Sampler:
         for key, value in options.items():
             if not is_number(value) or not (0 <= value <= sys.float_info.max or value == math.inf):
                 raise ValueError(f"sampler {self.name!r}: {key}={value!r} must be a number from 0 on")
+            if type(self.options[key]) is int and value % 1 != 0:  # a count
+                raise ValueError(f"sampler {self.name!r}: {key}={value!r} must be a whole number")
         return replace(self, options={**self.options, **options})
 
     def check(self, guidance: Guidance) -> None:
@@ -125,13 +131,20 @@ OFFERED: frozenset[Need] = frozenset({"direction", "corrector"})  # what depends
 
 
 def register(
-    name: str, *, order: int, grid: str = "karras", path: Path | None = None, offers: tuple[Need, ...] = (), **options: Any
+    name: str,
+    *,
+    order: int,
+    grid: str = "karras",
+    path: Path | None = None,
+    offers: tuple[Need, ...] = (),
+    route: Route | None = None,
+    **options: Any,
 ) -> Callable[[StepFunction], StepFunction]:
-    """Decorator: put a step function into the table under ``name``."""
+    """Decorator: put a step function into the table under ``name``. An option whose default is an int is a count."""
 
     def add(step: StepFunction) -> StepFunction:
         doc = (step.__doc__ or "").strip().splitlines()[0]
-        SAMPLERS[name] = Sampler(name, step, order, grid, path, options, doc, frozenset(offers))
+        SAMPLERS[name] = Sampler(name, step, order, grid, path, options, doc, frozenset(offers), route)
         return step
 
     return add
@@ -195,6 +208,8 @@ def sample(
     if isinstance(guidance, Guidance):
         solver.check(guidance)
     grid = points(sigmas, path)
+    if solver.route is not None:
+        grid = solver.route(grid, path, solver.options)
     total, memory, options = len(grid) - 1, None, dict(solver.options)
     for i in range(total):
         step = Step(denoise, path, (grid[i], grid[i + 1]), (i, total), noise)
