@@ -9,14 +9,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from genkit.denoiser import EDMDenoiser, Guided
-    from genkit.guidance import APG, CFG, Adaptive, Guidance, Interval, NoGuidance, Scheduled, Trace, parse
-    from genkit.pipelines import ClassPipeline, Output, load
+    from genkit.guidance import APG, CFG, Adaptive, Guidance, Interval, NoGuidance, Scheduled, Trace, parse, preset
+    from genkit.pipelines import ClassPipeline, DiffusersPipeline, Output, load, to_diffusers
+    from genkit.pipelines.attach import attach
     from genkit.samplers import SAMPLERS, Sampler, sample
 
 _HOME = {
     "genkit.denoiser": ("EDMDenoiser", "Guided"),
-    "genkit.guidance": ("APG", "CFG", "Adaptive", "Guidance", "Interval", "NoGuidance", "Scheduled", "Trace", "parse"),
-    "genkit.pipelines": ("ClassPipeline", "Output", "load"),
+    "genkit.guidance": ("APG", "CFG", "Adaptive", "Guidance", "Interval", "NoGuidance", "Scheduled", "Trace", "parse", "preset"),
+    "genkit.pipelines": ("ClassPipeline", "DiffusersPipeline", "Output", "load", "to_diffusers"),
+    "genkit.pipelines.attach": ("attach",),
     "genkit.samplers": ("SAMPLERS", "Sampler", "sample"),
 }
 _MODULES = ("denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "training")
@@ -27,6 +29,7 @@ __all__ = [
     "SAMPLERS",
     "Adaptive",
     "ClassPipeline",
+    "DiffusersPipeline",
     "EDMDenoiser",
     "Guidance",
     "Guided",
@@ -36,9 +39,12 @@ __all__ = [
     "Sampler",
     "Scheduled",
     "Trace",
+    "attach",
     "load",
     "parse",
+    "preset",
     "sample",
+    "to_diffusers",
 ]
 
 

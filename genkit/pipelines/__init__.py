@@ -1,7 +1,25 @@
 """Pipelines: conditions in, images out."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from genkit.pipelines.diffusion import ClassPipeline
 from genkit.pipelines.loading import load
 from genkit.pipelines.output import Output
 
-__all__ = ["ClassPipeline", "Output", "load"]
+if TYPE_CHECKING:
+    from genkit.pipelines.diffusers_pipeline import DiffusersPipeline
+    from genkit.pipelines.to_diffusers import to_diffusers
+
+_HOME = {"DiffusersPipeline": "diffusers_pipeline", "to_diffusers": "to_diffusers"}
+
+__all__ = ["ClassPipeline", "DiffusersPipeline", "Output", "load", "to_diffusers"]
+
+
+def __getattr__(name: str) -> Any:
+    """What stands on diffusers is loaded when it is first used: that takes seconds, and diffusers is optional."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"genkit.pipelines.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'genkit.pipelines' has no attribute {name!r}")

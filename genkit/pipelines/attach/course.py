@@ -1,0 +1,126 @@
+"""Where a diffusers scheduler stands in a run: steps, stages and noise levels, read from its own tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from genkit.guidance.base import Stage, StepInfo
+from genkit.noise import FLOW, VP, Path
+from genkit.samplers.diffusion.scheduler_levels import levels, prediction_space, state_of
+
+
+class Place(NamedTuple):
+    """One evaluation of a run."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, as in StepInfo
+    total: int
+    progress: float
+    stage: Stage
+    sigma: float
+    sigma_next: float
+    alpha: float
+    s: float
+
+    @property
+    def level(self) -> float:
+        """The noise level at which the network is evaluated."""
+        return self.s / self.alpha if self.alpha else math.inf
+
+    def info(self, x: Tensor) -> StepInfo:
+        return StepInfo(*self, x)
+
+
+class Course:
+    """The evaluations of one run: what a scheduler's own counters and tables say, never a count of calls.
+
+    Args:
+        scheduler: of diffusers, after ``set_timesteps``, before its first step.
+        clock: (a, b): the network is told ``a t + b`` for the scheduler's timestep t.
+        time: what the network was told at the first evaluation.
+        evaluations: how many there will be, if the pipeline knows; None is up to the end of the scheduler's list.
+    """
+
+    def __init__(self, scheduler: Any, clock: tuple[float, float], time: Any, evaluations: int | None) -> None:
+        self.scheduler, self.clock = scheduler, clock
+        self.space = prediction_space(scheduler)
+        self.path: Path = FLOW if state_of(scheduler) == "flow" else VP
+        self.timesteps = [float(t) for t in scheduler.timesteps]
+        self.counts = hasattr(scheduler, "prk_timesteps")  # PNDM, which counts its evaluations and not its list
+        self.first = self._position(time)
+        left = len(self.timesteps) - self.first
+        self.places = self._places(min(evaluations or left, left))
+
+    def place(self, time: Any) -> Place:
+        """The evaluation the scheduler waits for; ``time``, what the network is told, is read where it keeps no count."""
+        return self.places[self._position(time) - self.first]
+
+    def time(self, sigma: float) -> float:
+        """What the network is told at a noise level."""
+        a, b = self.clock
+        return a * self._timestep(sigma) + b
+
+    def _timestep(self, sigma: float) -> float:
+        """The training timestep of a noise level, between the entries of the table as schedulers interpolate."""
+        config = self.scheduler.config
+        if self.path is FLOW:
+            return float(config.num_train_timesteps * (1.0 if math.isinf(sigma) else sigma / (1 + sigma)))
+        table = [math.log(max(float(1 - a), 1e-12) / max(float(a), 1e-12)) / 2 for a in self.scheduler.alphas_cumprod]
+        wanted = min(max(math.log(max(sigma, 1e-12)), table[0]), table[-1])
+        above = next(i for i, value in enumerate(table) if value >= wanted)
+        if above == 0:
+            return 0.0
+        return above - (table[above] - wanted) / (table[above] - table[above - 1])
+
+    def _position(self, time: Any) -> int:
+        """Index into ``scheduler.timesteps`` of the evaluation that comes next."""
+        if self.counts and hasattr(self, "first"):
+            return self.first + int(self.scheduler.counter)
+        if not self.counts and hasattr(self.scheduler, "step_index"):
+            known = self.scheduler.begin_index if self.scheduler.step_index is None else self.scheduler.step_index
+            if known is not None:
+                return int(known)
+        first = float(time.flatten()[0] if isinstance(time, Tensor) else time)
+        timestep = (first - self.clock[1]) / self.clock[0]
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
+
+    def _level(self, i: int) -> tuple[float, float]:
+        state = state_of(self.scheduler)
+        if state == "discrete":
+            if i < len(self.timesteps):
+                return levels(self.scheduler, self.scheduler.timesteps[i])
+            abar = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+            return math.sqrt(abar), math.sqrt(1 - abar)
+        sigma = float(self.scheduler.sigmas[i])
+        return (1 - sigma, sigma) if state == "flow" else VP(sigma)
+
+    def _stages(self, evaluations: int) -> Iterator[tuple[int, Stage]]:
+        """(step, stage) of each evaluation."""
+        if self.counts:
+            prk = 0 if self.scheduler.config.skip_prk_steps else len(self.scheduler.prk_timesteps)
+            for i in range(evaluations):
+                if i < prk:  # four evaluations a step
+                    yield i // 4, "second" if i % 4 else "step"
+                elif prk:
+                    yield prk // 4 + i - prk, "step"
+                else:  # the first step is corrected once
+                    yield max(i - 1, 0), "second" if i == 1 else "step"
+            return
+        per_step = 2 if hasattr(self.scheduler, "state_in_first_order") else 1
+        for i in range(evaluations):
+            yield i // per_step, "second" if i % per_step else "step"
+
+    def _places(self, evaluations: int) -> list[Place]:
+        known = [self._level(self.first + i) for i in range(evaluations + 1)]
+        sigmas = [s / a if a else math.inf for a, s in known]
+        stages = list(self._stages(evaluations))
+        begin = {step: sigmas[i] for i, (step, stage) in enumerate(stages) if stage == "step"}
+        total = len(begin)
+        begin[total] = sigmas[-1]
+        return [
+            Place(step, total, step / (total - 1) if total > 1 else 0.0, stage, begin[step], begin[step + 1], *known[i])
+            for i, (step, stage) in enumerate(stages)
+        ]
