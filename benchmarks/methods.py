@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--num-samples 2000] [--parts 2]
 
-A method that corrects its steps needs another sampler than the rest; those stand in a second group, beside what they compare with.
+A method that corrects its steps needs another sampler than the rest; those stand in a group of their own, beside their peers.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ METHODS = (
     *(f"ReuseDelta({w})" for w in (3.0, 5.0)),
     *(f"APG({w})" for w in (3.0, 5.0)),
     *(f"APG({w}, momentum=-0.5, threshold=5.0)" for w in (3.0, 5.0)),
-    *(f"CFGPP({strength})" for strength in (0.3, 0.6)),
+    *(f"FDG(({high}, {low}))" for high, low in ((4.0, 2.0), (7.0, 3.0))),
+    *(f"TCFG({w})" for w in (3.0, 5.0)),
+    *(f"RAAG({w})" for w in (5.0, 10.0)),
+    *(f"SMC({w})" for w in (3.0, 5.0)),
+    *(f"MomentumGuidance(CFG({w}), 1.5)" for w in (3.0, 5.0)),
+    *(f"DynamicThresholding({w}, {mimic})" for w, mimic in ((5.0, 2.0), (8.0, 3.0))),
+    *(f"Rescaled(CFG({w}), 0.7)" for w in (3.0, 5.0)),
+    *(f"NormMatched(CFG({w}))" for w in (3.0, 5.0)),
     *(f"CFGZeroStar({w})" for w in (3.0, 5.0)),
-    *(f"Autoguidance({w})" for w in (2.0, 3.0)),
-    *(f"Sum(CFG(2.0), Autoguidance({w}))" for w in (2.0, 3.0)),
+    *(f"CFGPP({strength})" for strength in (0.3, 0.6)),
+    *(f"RectifiedCFGPP({w})" for w in (2.0, 3.0)),
+    *(f"Autoguidance({w})" for w in (1.5, 2.0)),
     *(f"PAG({w})" for w in (2.0, 4.0)),
     *(f"SEG({w})" for w in (2.0, 4.0)),
     *(f"SLG({w})" for w in (2.0, 3.0)),
-    *(f"Sum(CFG(3.0), PAG({w}))" for w in (2.0, 4.0)),
-    *(f"TCFG({w})" for w in (3.0, 5.0)),
-    *(f"FDG(({high}, {low}))" for high, low in ((4.0, 2.0), (7.0, 3.0))),
-    *(f"RAAG({w})" for w in (5.0, 10.0)),
-    *(f"Rescaled(CFG(5.0), {phi})" for phi in (0.4, 0.7)),
-    "NormMatched(CFG(5.0))",
-    *(f"DynamicThresholding({w})" for w in (3.0, 5.0)),
-    *(f"MomentumGuidance({w})" for w in (3.0, 5.0)),
-    *(f"SMC({w})" for w in (3.0, 5.0)),
     *(f"CADS(CFG({w}))" for w in (3.0, 5.0)),
     *(f"ICG({w})" for w in (3.0, 5.0)),
+    "Sum(CFG(3.0), PAG(2.0))",
+    "Sum(CFG(2.0), Autoguidance(1.5))",
+    f"Interval(Sum(CFG(3.0), APG(3.0)), {LOW}, {HIGH})",
 )
 
 #: Stochastic samplers: PCG, and the two between which theory puts it.

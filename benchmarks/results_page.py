@@ -36,6 +36,26 @@ def table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def every_method(run: dict[str, Any]) -> list[str]:
+    """The long table: every method at a few strengths, without intervals of the columns that are not compared."""
+    g, first = run["generation"], run["guidances"][0]
+    names = ("frechet", "precision", "recall", "density", "coverage", "saturation")
+    titles = [first["metrics"][name]["title"] for name in names]
+    about = (
+        f"{first['n']:,} images per guidance on shared seeds and labels, {g['steps']} steps of `{g['sampler']}` unless another "
+        "sampler is named; with the 95 % bootstrap interval of the distance. Formulas and sources: [guidance.md](guidance.md)."
+    )
+    lines = [f"| guidance | NFE | {' | '.join(titles)} | CPU s / image |", "|---|" + "---:|" * (len(names) + 2)]
+    for entry in run["guidances"]:
+        cost, metrics = entry["cost"], entry["metrics"]
+        sampler = f" ({entry['sampler']})" if "sampler" in entry else ""
+        cells = [cell(metrics["frechet"]), *(format_number(metrics[name]["value"]) for name in names[1:])]
+        lines.append(
+            f"| `{entry['label']}`{sampler} | {cost['nfe_mean']:.1f} | {' | '.join(cells)} | {cost['seconds_cpu']:.3f} |"
+        )
+    return ["## Every method", "", made_with(run), "", about, "", *lines, ""]
+
+
 def verdict(row: dict[str, Any]) -> str:
     """What the paired interval says about one expected direction."""
     if row["metric"] == "nfe":
@@ -156,6 +176,7 @@ def main() -> None:
         update_readme(run)
         lines += [*quality(run), "## The papers' claims", "", *claims(run), ""]
         lines += [(DOCS / "findings.md").read_text().strip(), ""]
+    lines += every_method(runs["methods"]) if "methods" in runs else []
     lines += branches(runs["branch_cosine"]) if "branch_cosine" in runs else []
     lines += overhead(runs["overhead"]) if "overhead" in runs else []
     lines += savings(runs["savings"]) if "savings" in runs else []
