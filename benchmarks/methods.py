@@ -16,6 +16,7 @@ METHODS = (
     "none",
     *(f"CFG({w})" for w in (2.0, 3.0, 5.0)),
     *(f"Interval(CFG({w}), {LOW}, {HIGH})" for w in (3.0, 5.0)),
+    *(f"Interval(CFG(5.0), {low}, {high})" for low, high in ((0.28, 20.0), (0.28, 80.0), (1.0, 80.0))),
     *(f"Scheduled(CFG(3.0), '{shape}')" for shape in ("linear", "cosine", "lambda")),
     *(f"Adaptive(CFG(3.0), {threshold}, measure='x0')" for threshold in (0.99, 0.995)),
     *(f"LinearAG({w})" for w in (3.0, 5.0)),
