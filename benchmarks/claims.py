@@ -57,6 +57,13 @@ CLAIMS: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("recall", "higher"), ("saturation", "lower"), ("frechet", "lower")),
     ),
     (
+        "The same at a moderate scale",
+        "Sadat et al. 2024",
+        "APG(5.0)",
+        "CFG(5.0)",
+        (("recall", "higher"), ("saturation", "lower"), ("frechet", "lower")),
+    ),
+    (
         "The two compose: APG inside an interval against CFG",
         "(genkit)",
         f"Interval(APG(8.0), {LOW}, {HIGH})",
@@ -81,6 +88,13 @@ CLAIMS: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "A rising schedule with the same mean scale is better than a constant one",
         "Wang et al. 2024",
         "Scheduled(CFG(3.0), 'linear')",
+        "CFG(3.0)",
+        (("frechet", "lower"), ("recall", "higher")),
+    ),
+    (
+        "The same, rising as a cosine",
+        "Wang et al. 2024",
+        "Scheduled(CFG(3.0), 'cosine')",
         "CFG(3.0)",
         (("frechet", "lower"), ("recall", "higher")),
     ),
