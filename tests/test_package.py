@@ -78,11 +78,15 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]
             yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
+#: The one look upwards: ``guidance.to_diffusers()``, a method for users' convenience, finds its function when it is called.
+EXCEPTIONS = {("genkit.guidance.base", "genkit.pipelines.to_diffusers")}
+
+
 def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
     """Those imports of a file that lead to its own floor's neighbours or further up."""
     here = place_of(module)
     assert here is not None, f"{module} stands on no floor: add its place to FLOORS"
-    targets = {name: place_of(name) for name in imports(source, module, is_package)}
+    targets = {name: place_of(name) for name in imports(source, module, is_package) if (module, name) not in EXCEPTIONS}
     return [name for name, place in targets.items() if place and place != here and FLOORS[place] >= FLOORS[here]]
 
 
