@@ -1,0 +1,157 @@
+"""The decoder blocks that LlamaGen, Open-MAGVIT2 and their drafters are made of: RMSNorm, rotary attention, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genkit.models import perturb
+from genkit.models.autoregressive import KeyValueCache
+
+
+def rope_table(tokens: int, head_dim: int, prefix: int, base: float = 10000.0) -> Tensor:
+    """Cosine and sine (prefix + tokens, head_dim / 2, 2) of a square grid: half the pairs turn by the row, half by the column.
+
+    The rows of the prefix are zero, as in the released models: queries and keys of the condition become zero, so that all of
+    the prefix is looked at alike.
+
+    Raises:
+        ValueError: tokens are no square, or head_dim is no multiple of 4.
+    """
+    side = round(tokens**0.5)
+    if side * side != tokens or head_dim % 4:
+        raise ValueError(f"tokens={tokens} must be a square, and the width of a head, {head_dim}, a multiple of 4")
+    speed = base ** -(torch.arange(0, head_dim // 2, 2)[: head_dim // 4].float() / (head_dim // 2))
+    angle = torch.arange(side)[:, None] * speed
+    grid = torch.cat([angle[:, None].expand(-1, side, -1), angle.expand(side, -1, -1)], -1).flatten(0, 1)
+    return F.pad(torch.stack([grid.cos(), grid.sin()], -1), (0, 0, 0, 0, prefix, 0))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (2 i, 2 i + 1) of x (B, n, heads, d) by the angles of table (n, d / 2, 2) or (B, n, d / 2, 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+def causal_mask(start: int | Tensor, n: int, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+    """What positions start .. start + n - 1 see, (1 or B, 1, n, end); None where that is all there is before the end of a row.
+
+    Args:
+        start: an int, or one per row (B,).
+        seen: (B, m) bool, which of the first m positions may be seen, by others than themselves; m may exceed the end.
+        mask: a mask to use in place of the causal one, (n, end) or (B, 1, n, end).
+    """
+    if mask is None and seen is None and isinstance(start, int) and n == 1:
+        return None
+    starts = torch.as_tensor(start).reshape(-1, 1)
+    device = next((t.device for t in (mask, seen) if t is not None), starts.device)
+    slots = starts.to(device) + torch.arange(n, device=device)
+    end = int(starts.max()) + n
+    keys = torch.arange(end, device=device)
+    look = keys <= slots[..., None] if mask is None else mask.reshape(-1, n, end)
+    if seen is not None:
+        visible = F.pad(seen.bool(), (0, max(end - seen.shape[1], 0)), value=True)[:, None, :end]
+        look = (look & visible) | (keys == slots[..., None])
+    return look[:, None]
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) weight``, the quotient in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = x.float()
+        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class FeedForward(nn.Module):
+    """``w2(silu(w1 x) * w3 x)``, of width 8/3 of the input's, rounded up to a multiple."""
+
+    def __init__(self, width: int, multiple: int, dropout: float) -> None:
+        super().__init__()
+        hidden = -(-int(8 * width / 3) // multiple) * multiple
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2, self.dropout = nn.Linear(hidden, width, bias=False), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class Attention(nn.Module):
+    """Rotary self-attention over what the cache holds and these positions."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, update: Any = None) -> Tensor:
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
+        keys, values = (k, v) if update is None else update(k, v)
+        perturbation = perturb.active(self)
+        if perturbation is not None and perturbation.kind == "blur":
+            raise ValueError("a network that sees one token at a time cannot blur its queries over the image; use PAG or SLG")
+        if perturbation is not None and perturbation.kind == "identity":
+            out = v
+        else:
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return F.dropout(self.wo(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """``h = x + attention(norm(x))``, ``h + feed_forward(norm(h))``."""
+
+    def __init__(self, width: int, heads: int, multiple: int = 256, dropout: float = 0.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.feed_forward = FeedForward(width, multiple, dropout)
+        self.attention_norm, self.ffn_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, update: Any = None) -> Tensor:
+        perturbation = perturb.active(self)
+        if perturbation is not None and perturbation.kind == "skip":
+            return x
+        h = x + self.attention(self.attention_norm(x), table, mask, update)
+        out: Tensor = h + self.feed_forward(self.ffn_norm(h))
+        return out
+
+
+def run(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    table: Tensor,
+    mask: Tensor | None,
+    cache: KeyValueCache | None,
+    start: int | Tensor,
+    layer: int,
+) -> Tensor:
+    """x through the blocks, whose keys and values go to layers ``layer``, ``layer + 1``, ... of the cache, from ``start`` on."""
+    for i, block in enumerate(blocks, layer):
+        x = block(x, table, mask, None if cache is None else _writer(cache, i, start))
+    return x
+
+
+def _writer(cache: KeyValueCache, layer: int, start: Any) -> Any:
+    return lambda k, v: cache.update(layer, k, v, start)
+
+
+def perturbable(blocks: nn.ModuleList, kind: str, name: str = "layers") -> Mapping[str, nn.Module]:
+    """The modules that can be weakened, by name: whole blocks to skip, else their attention."""
+    return {f"{name}.{i}": block if kind == "skip" else block.attention for i, block in enumerate(blocks)}  # type: ignore[misc]
+
+
+def initialize(module: nn.Module, heads: tuple[str, ...]) -> None:
+    """Draw new weights: normal of standard deviation 0.02, zero for the heads, as LlamaGen's training does."""
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.zeros_(part.weight) if name in heads else nn.init.normal_(part.weight, std=0.02)

@@ -1,0 +1,107 @@
+"""From logits to a token: temperature, top-k, top-p, and the draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genkit.guidance.base import check_count, check_number
+from genkit.random import check_seeds, generator
+
+STREAM = 3  # of a sample's seed; 0 to 2 are the noise of diffusion
+
+
+@dataclass(frozen=True)
+class Filters:
+    """``softmax(keep(logits / temperature))``, out of place.
+
+    top_k keeps the k largest logits, and all that equal the k-th. top_p keeps the fewest tokens that together have probability p.
+    The orders differ in which comes first, and in the token at the edge of top_p:
+
+    - ``"llamagen"``: top_k, then top_p among those left; the token with which the sum of the larger ones passes p is the last.
+    - ``"var"``: the same, but the sum of the smaller ones decides: those go for which it is at most 1 - p, itself included.
+    - ``"transformers"``: top_p as ``"var"``, then top_k.
+
+    Args:
+        temperature: above 0; 0 leaves only the largest logit. Default 1.
+        top_k: from 1; 0 (default) turns it off, and so does one beyond the vocabulary.
+        top_p: from 0 to 1; 1 (default) and 0 turn it off.
+        order: one of the three above.
+
+    Raises:
+        ValueError: an argument outside its range, or an unknown order.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    order: Literal["llamagen", "var", "transformers"] = "llamagen"
+
+    def __post_init__(self) -> None:
+        check_number(self, "temperature", 0.0, 1e6)
+        check_count(self, "top_k", 0)
+        check_number(self, "top_p", 0.0, 1.0)
+        if self.order not in ("llamagen", "var", "transformers"):
+            raise ValueError(f"Filters: order={self.order!r} must be 'llamagen', 'var' or 'transformers'")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) divided by the temperature, -inf where a token is left out."""
+        if self.temperature == 0:
+            best = logits.argmax(-1, keepdim=True)
+            return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
+        logits = logits / self.temperature
+        if self.order == "transformers":
+            return self._top_k(self._top_p(logits))
+        return self._top_p(self._top_k(logits))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities (..., V) of the tokens that are left."""
+        return self(logits).softmax(-1)
+
+    def _top_k(self, logits: Tensor) -> Tensor:
+        if not 0 < self.top_k < logits.shape[-1]:
+            return logits
+        least = logits.topk(self.top_k, dim=-1).values[..., -1:]
+        return logits.masked_fill(logits < least, -math.inf)
+
+    def _top_p(self, logits: Tensor) -> Tensor:
+        if self.top_p in (0.0, 1.0):
+            return logits
+        if self.order == "llamagen":
+            ordered, place = logits.sort(dim=-1, descending=True)
+            probabilities = ordered.softmax(-1)
+            # Those before it already pass p. (A sum less its last term would differ in the last bit.)
+            cut = torch.nn.functional.pad(probabilities.cumsum(-1)[..., :-1] > self.top_p, (1, 0))
+        else:
+            ordered, place = logits.sort(dim=-1)
+            cut = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            cut[..., -1] = False
+        return logits.masked_fill(torch.zeros_like(cut).scatter(-1, place, cut), -math.inf)
+
+
+class Race:
+    """Draws tokens by an exponential race, ``argmax_t p_t / e_t`` with ``e_t ~ Exp(1)``, so that t wins with probability p_t.
+
+    Row b is a function of its probabilities, ``seeds[b]`` and the key alone, and the numbers are drawn on the CPU in float32: the
+    same on every device, in every batch, and after every break.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = check_seeds(seeds)
+
+    def __call__(self, probabilities: Tensor, *key: int) -> Tensor:
+        """Tokens (B, ...) from probabilities (B, ..., V). The key tells the draws of a run apart, such as the step's number.
+
+        Raises:
+            ValueError: another number of rows than of seeds.
+        """
+        if len(probabilities) != len(self.seeds):
+            raise ValueError(f"{len(probabilities)} rows were asked of {len(self.seeds)} seeds: give one seed per sample")
+        shape = probabilities.shape[1:]
+        waits = [torch.empty(shape).exponential_(generator=generator(seed, STREAM, *key)) for seed in self.seeds]
+        return (probabilities / torch.stack(waits).to(probabilities)).argmax(-1)
