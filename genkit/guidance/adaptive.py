@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 from genkit.guidance.base import COND, Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
+
+
+AT_ONCE = (
+    "{rule!r} leaves guidance after the first step: at sigma={sigma:.3g} the branches agree by this measure. Use measure='x0', "
+    "a higher threshold, or a lower sigma_max"
+)
 
 
 class AdaptiveState(NamedTuple):
@@ -26,7 +33,8 @@ class Adaptive(_Combinator):
     over all axes; each sample of a batch on its own, and always for whole steps.
 
     At high noise levels eps is nearly x / s for any D, so its cosine starts near 1: a run that starts at a large sigma (EDM's
-    80) would stop at once. ``measure="x0"`` compares D_c with D_u instead, whose cosine rises during sampling.
+    80, or a flow near t = 1) would stop at once, and says so in a warning. ``measure="x0"`` compares D_c with D_u instead, whose
+    cosine rises during sampling. Without an unconditional branch (PAG, ICG) there is nothing to compare, and it never stops.
 
     Args:
         inner: a guidance that uses the unconditional branch.
@@ -80,9 +88,12 @@ class Adaptive(_Combinator):
         if not bool(guided.all()):  # else a cond prediction is not needed, and need not be there
             result = only(guided, result, Result(predictions["cond"]))
         coming = state.coming
-        if info.stage == "step" and "cond" in predictions and "uncond" in predictions:
+        blind = self.measure == "eps" and info.alpha == 0  # pure noise: both eps are x itself
+        if info.stage == "step" and not blind and "cond" in predictions and "uncond" in predictions:
             cosine = branch_cosine(info, predictions["cond"], predictions["uncond"], self.measure)
             coming = guided & (cosine < self.threshold).cpu()
+            if info.index == 0 < self.threshold and info.total > 1 and not bool(coming.any()):
+                warnings.warn(AT_ONCE.format(rule=self, sigma=info.sigma), stacklevel=2)
             result = result._replace(stats={**result.stats, "agreement": float(cosine.detach().cpu()[guided].mean())})
         return result, AdaptiveState(inner, guided, coming)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from genkit.guidance import APG, CFG, COND, UNCOND, Adaptive, Branch, Guidance, 
 from genkit.guidance.adaptive import branch_cosine
 from genkit.noise import FLOW, VE, VP, Path
 from genkit.samplers.diffusion import sample
-from tests.toys import Counting, Run, conditions, step_info
+from tests.toys import SHAPE, Counting, Run, conditions, step_info
 
 STEPS = 8
 GRID = noise.exponential(STEPS, 0.1, 4.0)
@@ -262,3 +264,22 @@ def test_measure_x0_compares_the_clean_image_estimates() -> None:
         assert bool(state.coming[0]) is not stops
     with pytest.raises(ValueError, match="measure='v' must be 'eps' or 'x0'"):
         Adaptive(CFG(3.0), 0.99, "v")  # type: ignore[arg-type]
+
+
+def test_leaving_after_the_first_step_is_said() -> None:
+    with pytest.warns(UserWarning, match="leaves guidance after the first step: at sigma=3 .* Use measure='x0'"):
+        Run(Adaptive(CFG(3.0), 0.2, "eps"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Run(Adaptive(CFG(3.0), 0.9999, "x0"))  # leaves later
+        Run(Adaptive(CFG(3.0), -1.0))  # asked for
+
+
+def test_pure_noise_says_nothing_about_agreement() -> None:
+    """At alpha = 0 both eps are x: a flow that starts at t = 1 is guided beyond its first step."""
+    x = torch.randn(2, *SHAPE, dtype=torch.float64)
+    info = StepInfo(0, 4, 0.0, "step", math.inf, 3.0, 0.0, 1.0, x)
+    rule = Adaptive(CFG(3.0), 0.5, "eps")
+    result, state = rule.combine(info, {"cond": x, "uncond": -x}, rule.init(2))
+    assert state.coming.all()
+    assert "agreement" not in result.stats
