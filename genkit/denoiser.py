@@ -132,10 +132,14 @@ class Guided:
         self._packed: dict[tuple[Branch, ...], Condition] = {}
         self._keyed = None if seeds is None else Keyed(seeds)
         self._asked: tuple[Branch, ...] = ()
+        self._reached = math.inf  # the level at which the last step ended
+        self._visits: dict[int, int] = {}  # how many steps had an index
         self._prepares, self._refines = ("prepare" in guidance.needs), ("refine" in guidance.needs)
 
     def __call__(self, info: StepInfo) -> Result:
         self._asked = ()
+        if info.stage == "step":
+            self._begin(info)
         if self._prepares:
             self.state = self.guidance.prepare(info, self, self.state)
         branches = self.guidance.plan(info, self.state)
@@ -146,6 +150,13 @@ class Guided:
         if self.level != "none":
             self._record(info, predictions, result)
         return result
+
+    def _begin(self, info: StepInfo) -> None:
+        """Forget the way down where the noise level has risen, as in a restart: what comes is another trajectory."""
+        if info.sigma > self._reached * (1 + 1e-6):
+            self.state = self.guidance.init(self.batch)
+        self._reached = info.sigma_next
+        self._visits[info.index] = self._visits.get(info.index, 0) + 1
 
     def condition_on(self, conditions: Mapping[str, Condition]) -> None:
         """Go on with other conditions, for a host whose conditions change during a run."""
@@ -160,25 +171,34 @@ class Guided:
             )
         if not branches:
             return {}
-        self._asked += branches
         network = branches[0].network
         if all(b.mask is None and b.network == network for b in branches):
+            self._asked += branches
             return self._evaluate_whole(info, branches, network)
+        masked = [b for b in branches if b.mask is not None]
+        if masked and not any(b.name == "cond" and b.mask is None for b in branches):
+            raise ValueError(
+                f"the branch {masked[0].name!r} has a mask, whose other rows hold the cond prediction, but the plan evaluates "
+                f"only {', '.join(b.name for b in branches)}: plan 'cond' without a mask beside it"
+            )
+        wanted = tuple(b for b in branches if b.mask is None or bool(b.mask.any()))
+        self._asked += wanted
         out: dict[str, Tensor] = {}
-        for network in dict.fromkeys(b.network for b in branches):
-            out.update(self._evaluate_rows(info, tuple(b for b in branches if b.network == network), network))
-        for b in branches:  # rows that were not asked for hold the conditional prediction
-            if b.mask is not None:
-                whole = out["cond"].clone() if "cond" in out else torch.zeros_like(info.x)
-                whole[b.mask.to(whole.device)] = out[b.name]
-                out[b.name] = whole
+        for network in dict.fromkeys(b.network for b in wanted):
+            out.update(self._evaluate_rows(info, tuple(b for b in wanted if b.network == network), network))
+        for b in masked:
+            whole = out["cond"].clone()
+            if b.name in out:
+                whole[b.mask.to(whole.device)] = out[b.name]  # type: ignore[union-attr]
+            out[b.name] = whole
         return out
 
     def noise(self, like: Tensor, info: StepInfo, draw: int = 0) -> Tensor:
         """Unit Gaussian noise (B, ...): a function of each sample's seed, the evaluation and ``draw`` alone."""
         if self._keyed is None:
             raise ValueError(f"seeds=None, but {self.guidance!r} draws random numbers: give one seed per sample")
-        return self._keyed(like, info.index, STAGES.index(info.stage), draw)
+        again = self._visits.get(info.index, 1) - 1  # a restart comes by an index more than once
+        return self._keyed(like, info.index, STAGES.index(info.stage), draw, *((again,) if again > 0 else ()))
 
     def model(self, name: str) -> Any:
         """One of ``models``. Raises ValueError that names those there are."""
@@ -254,7 +274,7 @@ class Guided:
             "step": info.index,
             "stage": info.stage,
             "sigma": info.sigma,
-            "weight": 1.0 if len(asked) == 1 and not self._refines else self.guidance.weight(info),
+            "weight": self.guidance.weight(info),
             "branches": "+".join([b.name for b in asked]),
             "rows": sum([self.batch if b.mask is None else int(b.mask.sum()) for b in asked]),
         }

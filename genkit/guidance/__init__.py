@@ -77,7 +77,7 @@ def parse(text: str) -> Guidance:
         return NoGuidance()
     result = build(text, registry(), "guidance")
     if not isinstance(result, Guidance):
-        raise ValueError(f"guidance={text!r} is a {type(result).__name__}, not a guidance; write for example 'CFG(3.0)'")
+        raise ValueError(f"guidance={text[:200]!r} is a {type(result).__name__}, not a guidance; write for example 'CFG(3.0)'")
     return result
 
 

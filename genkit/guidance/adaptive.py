@@ -12,7 +12,6 @@ from torch import Tensor
 
 from genkit.guidance.base import COND, Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
 
-
 AT_ONCE = (
     "{rule!r} leaves guidance after the first step: at sigma={sigma:.3g} the branches agree by this measure. Use measure='x0', "
     "a higher threshold, or a lower sigma_max"
@@ -83,12 +82,12 @@ class Adaptive(_Combinator):
     def combine(self, info: StepInfo, predictions: Predictions, state: AdaptiveState) -> tuple[Result, AdaptiveState]:
         guided = state.coming if info.stage == "step" else state.guided
         if not bool(guided.any()):
-            return Result(predictions["cond"]), state._replace(guided=guided)
+            return Result(predictions["cond"], stats={"weight": 1.0}), state._replace(guided=guided)
         result, inner = self.inner.combine(info, predictions, state.inner)
         if not bool(guided.all()):  # else a cond prediction is not needed, and need not be there
             result = only(guided, result, Result(predictions["cond"]))
         coming = state.coming
-        blind = self.measure == "eps" and info.alpha == 0  # pure noise: both eps are x itself
+        blind = self.measure == "eps" and info.alpha == 0 and self.threshold > -1  # pure noise: both eps are x itself
         if info.stage == "step" and not blind and "cond" in predictions and "uncond" in predictions:
             cosine = branch_cosine(info, predictions["cond"], predictions["uncond"], self.measure)
             coming = guided & (cosine < self.threshold).cpu()

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.measures import norm, per_sample
 
 
 def project(delta: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +23,7 @@ def project(delta: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class APG(Guidance):
+class APG(CondUncond):
     """``D = D_c + (w - 1)(d_perp + eta d_par)``, ``d`` the clamped running average of ``D_c - D_u`` (Sadat et al. 2024, alg. 1).
 
     Momentum ``d <- (D_c - D_u) + momentum d``, then ``d min(1, threshold / |d|)``, then the split along ``D_c``; norms and
@@ -50,20 +52,16 @@ class APG(Guidance):
         check_number(self, "momentum", -1.0, 1.0, inside=True)
         check_number(self, "threshold", 0.0, math.inf)
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         w, cond = self.weight(info), predictions["cond"]
-        if w == 1:
-            return Result(cond), state
         delta = cond - predictions["uncond"]
         if self.momentum:
             delta = delta if state is None else delta + self.momentum * state
             state = delta
         if 0 < self.threshold < math.inf:
-            norm = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
-            delta = delta * (self.threshold / norm).clamp_max(1).reshape(-1, *[1] * (delta.ndim - 1))
+            size = norm(delta)
+            factor = (self.threshold / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1)
+            delta = (delta * per_sample(factor, delta)).to(delta)
         if self.eta != 1:
             parallel, orthogonal = project(delta, cond)
             delta = torch.add(orthogonal, parallel, alpha=self.eta) if self.eta else orthogonal

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from genkit.guidance.apg import APG
-from genkit.guidance.base import COND, UNCOND, Branch, Predictions, Result, StepInfo, check_count
+from genkit.guidance.base import Predictions, Result, StepInfo, check_count
 from genkit.guidance.cfg import CFG
+from genkit.guidance.cond_uncond import CondUncond
 from genkit.guidance.several import _Several
 
 
 @dataclass(frozen=True)
-class APGMix(_Several):
+class APGMix(CondUncond, _Several):
     """``first`` up to and including step ``last``, ``then`` from there on, whose average runs from the start (HunyuanImage 2.1).
 
     The model's own setting is close to ``APGMix(CFG(3.5), APG(11.0, momentum=-0.5, threshold=10.0), last=5)``: it adds the
@@ -48,12 +49,7 @@ class APGMix(_Several):
         first, then = self.seen(info)
         return self.first.weight(first) if info.index <= self.last else self.then.weight(then)
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
-    def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        if self.weight(info) == 1:
-            return Result(predictions["cond"]), state
+    def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         first, then = self.seen(info)
         result, state = self.then.combine(then, predictions, state)
         if info.index <= self.last:

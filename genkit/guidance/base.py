@@ -133,7 +133,7 @@ _CLASSES: dict[str, type[Guidance]] = {}
 class Guidance:
     """Immutable configuration of a guidance method. Subclass it, add fields, and write ``plan`` and ``rule``.
 
-    A subclass is registered by its class name (``parse`` then knows it) unless its name begins with an underscore.
+    A subclass is registered by its class name (``parse`` then knows it) unless the name begins with "_" or ``abstract``.
     """
 
     #: Expressions that make typical objects: shown to users, and put through every law by the tests.
@@ -145,14 +145,14 @@ class Guidance:
     #: What the method itself asks of its host beside ``plan`` and ``combine``; a host that lacks it refuses the method.
     requires: ClassVar[frozenset[Need]] = frozenset()
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
         if "__repr__" not in cls.__dict__:  # else @dataclass writes one with the qualified name, which parse does not read
             type.__setattr__(cls, "__repr__", cls.__repr__)
         known = _CLASSES.get(cls.__name__, cls)
         if known.__module__ != cls.__module__:
             raise TypeError(f"a guidance named {cls.__name__!r} exists already in {known.__module__}; give yours another name")
-        if not cls.__name__.startswith("_"):
+        if not abstract and not cls.__name__.startswith("_"):
             _CLASSES[cls.__name__] = cls
 
     def __repr__(self) -> str:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from genkit.guidance.base import Branch, Host, Need, StepInfo, Transform, _Combinator, check_number
-from genkit.guidance.conditions import drawn, is_embedding, moments, replaced, working
+from genkit.guidance.conditions import drawn, is_embedding, replaced
+from genkit.guidance.levels import noise_level
+from genkit.guidance.measures import moments, working
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class CADS(_Combinator):
         time: ``"flow"``: t = sigma / (1 + sigma) of the step, whatever the grid; ``"progress"``: t = 1 - progress of the run.
 
     Raises:
-        ValueError: an argument outside its range; when run: a condition without embedding.
+        ValueError: an argument outside its range; when run: a condition without embedding, or "flow" where steps have
+            no noise level.
     """
 
     tau1: float = 0.6
@@ -62,7 +65,10 @@ class CADS(_Combinator):
 
     def kept(self, info: StepInfo) -> float:
         """g, the share of the condition's power that is left."""
-        t = 1 - info.progress if self.time == "progress" else 1 - 1 / (1 + info.sigma)
+        if self.time == "progress":
+            t = 1 - info.progress
+        else:
+            t = 1 - 1 / (1 + noise_level(info, "CADS: time='flow'", "time='progress'"))
         if t <= self.tau1:
             return 1.0
         return 0.0 if t >= self.tau2 else (self.tau2 - t) / (self.tau2 - self.tau1)

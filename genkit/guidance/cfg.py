@@ -33,7 +33,7 @@ class CFG(Guidance):
         w = self.weight(info)
         if w == 1:
             return Result(predictions["cond"]), state
-        if w == 0:  # said in the statistics too, since a trace takes a single branch for no guidance
-            return Result(predictions["uncond"], stats={"weight": w}), state
+        if w == 0:
+            return Result(predictions["uncond"]), state
         # lerp is D_u + w (D_c - D_u), the same thing in one operation.
         return Result(predictions["uncond"].lerp(predictions["cond"], w)), state

@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from genkit import noise
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.measures import per_sample
 
 
 @dataclass(frozen=True)
-class CFGZeroStar(Guidance):
+class CFGZeroStar(CondUncond):
     """``v = a v_u + w (v_c - a v_u)``, ``a = <v_c, v_u> / (|v_u|^2 + 1e-8)`` (CFG-Zero*, Fan et al. 2025).
 
     v is the flow velocity; products per sample over all axes. The authors also hold the first steps still:
@@ -33,14 +35,6 @@ class CFGZeroStar(Guidance):
     def __post_init__(self) -> None:
         check_number(self, "scale")
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
-    def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        if self.weight(info) == 1:  # to the flow and back would round
-            return Result(predictions["cond"]), state
-        return super().combine(info, predictions, state)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         cond, uncond = predictions["cond"], predictions["uncond"]
         return Result((optimal_scale(cond, uncond) * uncond).lerp(cond, self.weight(info))), state
@@ -50,4 +44,4 @@ def optimal_scale(cond: Tensor, uncond: Tensor) -> Tensor:
     """The factor a that brings ``a uncond`` nearest to ``cond``, per sample, computed in float64: (B, 1, ...)."""
     c, u = cond.double().flatten(1), uncond.double().flatten(1)
     a = (c * u).sum(1) / (u.square().sum(1) + 1e-8)
-    return a.to(cond).reshape(-1, *[1] * (cond.ndim - 1))
+    return per_sample(a.to(cond), cond)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Need, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Need, Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.levels import noise_level
 
 
 @dataclass(frozen=True)
-class CFGPP(Guidance):
+class CFGPP(CondUncond):
     """``D = D_u + lambda (D_c - D_u)``, with noise added back along D_u: ``n_hat = (x - alpha D_u) / s`` (Chung et al. 2024).
 
     ``form="renoise"`` does this through the solver. ``form="schedule"`` is CFG with the weight
     ``w_i = lambda sigma_i / (sigma_i - sigma_{i+1})``: the same trajectory in Euler and in DDIM with eta = 0, for hosts without
-    a renoise hook. In other solvers the two forms differ.
+    a renoise hook. In other solvers the two forms differ. In corrector stages, which go to no lower level, ``w_i = lambda``.
 
     lambda is not a guidance scale: at lambda = 1 noise is still added back along D_u, and lambda = 0 samples unconditionally.
     ``scale``, 1 being no guidance as everywhere, is here the share of CFG++: with d = D_c - D_u the estimate is
@@ -26,7 +28,8 @@ class CFGPP(Guidance):
         scale: w; leave it at 2 and let combinators change it.
 
     Raises:
-        ValueError: an argument that is not a finite number, or an unknown form.
+        ValueError: an argument that is not a finite number, or an unknown form; in a run, "schedule" where steps have no noise
+            level.
     """
 
     strength: float = 0.6
@@ -44,15 +47,11 @@ class CFGPP(Guidance):
     def needs(self) -> frozenset[Need]:
         return frozenset({"direction"}) if self.form == "renoise" else frozenset()
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        share, cond = self.weight(info) - 1, predictions["cond"]
-        if share == 0:
-            return Result(cond), state
-        uncond = predictions["uncond"]
+        share, cond, uncond = self.weight(info) - 1, predictions["cond"], predictions["uncond"]
         if self.form == "renoise":
             return Result(uncond.lerp(cond, 1 + share * (self.strength - 1)), uncond.lerp(cond, 1 - share)), state
-        weight = self.strength / (1 - info.sigma_next / info.sigma)
+        sigma = noise_level(info, "CFGPP: form='schedule'", "CFG or another method that knows no noise levels")
+        # A correction stays at one level: there the estimate is as in renoise.
+        weight = self.strength if info.stage == "corrector" else self.strength / (1 - info.sigma_next / sigma)
         return Result(uncond.lerp(cond, 1 + share * (weight - 1))), state

@@ -65,14 +65,3 @@ def drawn(owner: str, name: str, like: Tensor, info: StepInfo, run: Host) -> Ten
     """Unit noise for one tensor of a condition; those of one name, as of a network and its ControlNet, get the same."""
     draw = zlib.crc32(f"{owner} {name.rsplit('.', 1)[-1]}".encode())  # far from the small numbers of other draws
     return step_noise(like, info, run, draw)
-
-
-def moments(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every sample, over all its axes, shaped to be broadcast."""
-    axes = tuple(range(1, value.ndim))
-    return value.mean(axes, keepdim=True), value.std(axes, correction=0, keepdim=True)
-
-
-def working(value: Tensor) -> Tensor:
-    """In float32 at least: half precision is too coarse for means over thousands of values."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

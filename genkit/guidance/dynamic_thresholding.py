@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
-from genkit.guidance.postprocess import ratio
-from genkit.guidance.rescaled import spread
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.measures import ratio, spread, working
 
 
 @dataclass(frozen=True)
-class DynamicThresholding(Guidance):
+class DynamicThresholding(CondUncond):
     """CFG at ``scale``, brought channel by channel into the range CFG has at ``mimic_scale`` (sd-dynamic-thresholding).
 
     With g and m the two CFG results less their channel means, R(m) = max |m| and R(g) the ``percentile`` of |g|:
@@ -31,7 +31,7 @@ class DynamicThresholding(Guidance):
         phi: share of the result in a mix with CFG at ``scale``, 0 to 1.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range; in a run, samples without an axis behind the channels.
     """
 
     scale: float
@@ -61,19 +61,18 @@ class DynamicThresholding(Guidance):
             if getattr(self, name) not in known:
                 raise ValueError(f"DynamicThresholding: {name}={getattr(self, name)!r} must be one of {', '.join(known)}")
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        w, cond = self.weight(info), predictions["cond"]
-        if w == 1:
-            return Result(cond), state
-        guided = predictions["uncond"].lerp(cond, w)
-        if w <= self.mimic_scale:
-            return Result(guided), state
-        flat, mimic = guided.flatten(2), predictions["uncond"].lerp(cond, self.mimic_scale).flatten(2)
-        result = self.in_range(flat, mimic).reshape(guided.shape)
-        return Result(guided.lerp(result, self.phi)), state
+        w, like = self.weight(info), predictions["cond"]
+        cond, uncond = working(like), working(predictions["uncond"])
+        guided = uncond.lerp(cond, w)
+        if w > self.mimic_scale:
+            if guided.ndim < 3:
+                raise ValueError(
+                    f"DynamicThresholding: x of shape {tuple(guided.shape)} has one value a channel; it must be (B, C, ...)"
+                )
+            result = self.in_range(guided.flatten(2), uncond.lerp(cond, self.mimic_scale).flatten(2))
+            guided = guided.lerp(result.reshape(guided.shape), self.phi)
+        return Result(guided.to(like)), state
 
     def in_range(self, guided: Tensor, mimic: Tensor) -> Tensor:
         """``guided`` (B, C, N) in the range of ``mimic``."""

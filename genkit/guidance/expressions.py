@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from genkit.guidance.base import Guidance, signature
 
-MAX_LENGTH = 2000
+MAX_LENGTH = 50_000  # a fitted LinearAG of 100 steps has 20,000
 MAX_DEPTH = 20
 
 
@@ -18,7 +19,7 @@ def build(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> Any:
     """The object an expression describes: calls of the given names with numbers, strings, True/False/None, lists and each other.
 
     Args:
-        text: at most 2000 characters, nested at most 20 deep.
+        text: at most 50,000 characters, nested at most 20 deep.
         names: what may be called.
         what: the argument's name, for messages.
 
@@ -33,7 +34,7 @@ def build(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> Any:
         tree = ast.parse(text := text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"{what}={text!r} is not an expression ({getattr(error, 'msg', error)}); write {_example(names)}"
+            f"{what}={_short(text)!r} is not an expression ({getattr(error, 'msg', error)}); write {_example(names)}"
         ) from None
     return _Builder(text, names, what).value(tree.body, 0)
 
@@ -42,13 +43,17 @@ def _example(names: Mapping[str, Callable[..., Any]]) -> str:
     return "'Interval(APG(4.0), 0.28, 5.42)'" if "APG" in names else repr(f"{next(iter(names), 'name')}()")
 
 
+def _short(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 class _Builder:
     def __init__(self, text: str, names: Mapping[str, Callable[..., Any]], what: str) -> None:
         self.text, self.names, self.what = text, names, what
 
     def value(self, node: ast.expr, depth: int) -> Any:
         if depth > MAX_DEPTH:
-            raise ValueError(f"{self.what}={self.text[:60]!r}... is nested more than {MAX_DEPTH} deep")
+            raise ValueError(f"{self.what}={_short(self.text, 60)!r} is nested more than {MAX_DEPTH} deep")
         if isinstance(node, ast.Call):
             return self.call(node, depth)
         if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float | str)):
@@ -79,9 +84,9 @@ class _Builder:
             raise ValueError(self.unknown(node.func.id))
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
             raise ValueError(f"{self.what}: * and ** are not allowed in {self.source(node)!r}")
-        repeated = [k.arg for i, k in enumerate(node.keywords) if k.arg in [other.arg for other in node.keywords[:i]]]
-        if repeated:
-            raise ValueError(f"{self.what}: {repeated[0]} is given twice in {self.source(node)!r}")
+        for name, times in Counter(str(k.arg) for k in node.keywords).items():
+            if times > 1:
+                raise ValueError(f"{self.what}: {_short(name)} is given twice in {self.source(node)!r}")
         args = [self.value(a, depth + 1) for a in node.args]
         kwargs = {str(k.arg): self.value(k.value, depth + 1) for k in node.keywords}
         return self.make(node.func.id, args, kwargs)
@@ -93,16 +98,15 @@ class _Builder:
             made, message = self.names[name], str(error).replace(f"{name}.__init__()", name)
             if isinstance(made, type) and issubclass(made, Guidance) and message != str(error):  # arguments that do not fit
                 message += f"; write {signature(made)}"
-            raise ValueError(f"{self.what}: {message}") from None
+            raise ValueError(f"{self.what}: {_short(message, 2000)}") from None
 
     def source(self, node: ast.AST) -> str:
         """The piece of text a node stands for, shortened (``ast.unparse`` fails on deep nesting)."""
-        piece = ast.get_source_segment(self.text, node) or ""
-        return piece if len(piece) <= 60 else f"{piece[:57]}..."
+        return _short(ast.get_source_segment(self.text, node) or "", 60)
 
     def unknown(self, name: str) -> str:
         lowered = {known.lower(): known for known in self.names}
         same = [name.lower()] if name.lower() in lowered else []
         near = [lowered[m] for m in same or difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(sorted(self.names))}"
-        return f"{self.what}: unknown name {name!r}; {hint}"
+        return f"{self.what}: unknown name {_short(name)!r}; {hint}"

@@ -69,7 +69,8 @@ class FDG(Guidance):
     """CFG with a scale for every band of a Laplacian pyramid, ``L_i + (w_i - 1)(L_i - U_i)`` (FDG, arXiv 2506.19713).
 
     L and U are the bands of D_c and D_u; for images (B, C, H, W) and videos (B, C, T, H, W) of any size. An override w of the
-    weight multiplies every ``w_i - 1`` by the one factor that makes the scale farthest from 1, :attr:`scale`, become w.
+    weight multiplies every ``w_i - 1`` by the one factor that makes the scale farthest from 1, :attr:`scale`, become w; where all
+    are 1, each becomes w.
 
     Args:
         scales: w_i from the highest band to the lowest; 1 means no guidance of that band. The paper's for SDXL is (10, 5).
@@ -125,9 +126,12 @@ class FDG(Guidance):
 
     def gains(self, info: StepInfo) -> list[float]:
         """``w_i - 1`` of every band in this evaluation; 0 where it is not guided."""
-        common = 1.0 if info.weight is None or self.scale == 1 else (info.weight - 1) / (self.scale - 1)
-        times = zip(self.scales, self.per_band("start"), self.per_band("stop"), strict=True)
-        return [(w - 1) * common * (int(a * info.total) <= info.index < int(b * info.total)) for w, a, b in times]
+        pushes = [w - 1 for w in self.scales]
+        if info.weight is not None:
+            gain = info.weight - 1
+            pushes = [gain if self.scale == 1 else push * gain / (self.scale - 1) for push in pushes]
+        times = zip(pushes, self.per_band("start"), self.per_band("stop"), strict=True)
+        return [push * (int(a * info.total) <= info.index < int(b * info.total)) for push, a, b in times]
 
     def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
         return (COND, UNCOND) if any(self.gains(info)) else (COND,)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genkit.guidance.base import COND, Branch, Guidance, Host, Need, Predictions, Result, StepInfo, check_number
-from genkit.guidance.conditions import drawn, is_embedding, is_label, moments, replaced, working
+from genkit.guidance.conditions import drawn, is_embedding, is_label, replaced
+from genkit.guidance.measures import moments, working
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from genkit.guidance.base import COND, Branch, Host, Predictions, Result, StepInfo, _Combinator, check_number
+from genkit.guidance.levels import noise_level
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,7 @@ class Interval(_Combinator):
     def active(self, info: StepInfo) -> bool:
         """Whether the step is inside."""
         if self.unit == "sigma":
-            if math.isnan(info.sigma):
-                raise ValueError(
-                    "Interval: unit='sigma', but these steps have no noise level; use unit='step' or unit='fraction'"
-                )
-            return self.low < info.sigma <= self.high
+            return self.low < noise_level(info, "Interval: unit='sigma'", "unit='step' or unit='fraction'") <= self.high
         if self.unit == "step":
             return self.low <= info.index <= self.high
         return int(self.low * info.total) <= info.index < int(self.high * info.total)

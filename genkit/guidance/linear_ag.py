@@ -136,7 +136,7 @@ class LinearAG(Guidance):
         """CFG with an estimated unconditional prediction."""
         w = self.weight(info)
         uncond = noise.to_x0(eps_u, info.x, info.alpha, info.s, self.space)
-        return Result(uncond.lerp(cond, w), stats={"weight": w})
+        return Result(uncond.lerp(cond, w))
 
     @property
     def depth(self) -> int:
@@ -269,7 +269,10 @@ class _Fitting(LinearAG):
             return result, after
         key, row = (info.index, info.stage == "second"), self.row(info)
         if key in self.rows:
-            raise ValueError("LinearAG.fit: pipe ran several batches; give it all samples in one, with batch_size=None")
+            raise ValueError(
+                "LinearAG.fit: pipe ran several batches, or came by a step twice; give it all samples in one, with "
+                "batch_size=None, and a sampler without restarts"
+            )
         if not row or (self.history and not state.cond):
             self.rows[key] = ()
             return result, after

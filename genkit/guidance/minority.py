@@ -13,6 +13,7 @@ from torch import Tensor
 from genkit.guidance.base import COND, Host, Need, StepInfo, check_count, check_number
 from genkit.guidance.classifier import _Scored, class_gradient, gradient
 from genkit.guidance.conditions import step_noise
+from genkit.guidance.levels import noise_level
 from genkit.noise import VP
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -110,18 +111,14 @@ class MinorityGuidance(_Scored):
 class SelfMinority(_Scored):
     """``score = (w - 1) g / max|g|``, ``g = grad_x d(x0, x0')``: away from what the denoiser expects (Um & Ye 2024).
 
-    ``x0 = D(x)``, ``x0' = stop_gradient(D(x0 + at n; at))``: a rare image is one that the denoiser would not make again. No
-    classifier is needed. The gradient is divided by its largest value per sample in coordinates of unit variance
-    (the VP path), so that the push is the same on every path. Active evaluations cost ``1 + draws`` further rows and one backward
-    pass through the denoiser.
-
-    The schedule's times are noise levels here, as everywhere: ``t / T`` of the linear VP schedule is
-    ``sigma = sqrt(exp(0.1 t + 9.95 t^2) - 1)``. The authors add variance * score to the mean of an ancestral step, as samplers do
-    that keep the score; all others move the estimate, which in an ancestral step adds, to first order, beta_t * score.
+    ``x0 = D(x)``, ``x0' = stop_gradient(D(x0 + at n; at))``: a rare image is one that the denoiser would not make again.
+    ``max|g|`` is per sample, in the coordinates of the VP path. Active evaluations cost ``1 + draws`` further rows and one
+    backward pass through the denoiser. To a caller who differentiates, x0' is a constant, and so is g where x requires no
+    gradient.
 
     Args:
         scale: w, 1 means no guidance (nothing further is then evaluated). The authors' is ``w - 1`` (0.4; 0.2 on ImageNet 64).
-        at: sigma of the second look, positive and finite; 25 is t / T = 0.8.
+        at: sigma of the second look, positive and finite; 25 is t / T = 0.8 of the linear VP schedule.
         every: only in every so many-th step, counted from the last step backwards; 1 is every step.
         until: only in steps that begin above this sigma; 0 is all of them.
         draws: noises averaged over, at least 1.
@@ -130,7 +127,7 @@ class SelfMinority(_Scored):
         normalized: False takes g as it is, without dividing it by its largest value.
 
     Raises:
-        ValueError: an argument outside its range; in a run, no model of the name of ``distance``.
+        ValueError: an argument outside its range; in a run, no model of the name of ``distance``, or steps without noise level.
     """
 
     at: float = 25.0
@@ -156,7 +153,8 @@ class SelfMinority(_Scored):
             raise ValueError(f"{self!r}: distance must be 'l2' or the name of a model, and normalized True or False")
 
     def weight(self, info: StepInfo) -> float:
-        active = info.sigma > self.until and (info.total - 1 - info.index) % self.every == 0
+        sigma = noise_level(info, "SelfMinority: at is a noise level", "it with a diffusion model")
+        active = sigma > self.until and (info.total - 1 - info.index) % self.every == 0
         return super().weight(info) if active else 1.0
 
     def ascent(self, info: StepInfo, run: Host) -> Tensor:

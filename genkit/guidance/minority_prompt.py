@@ -24,6 +24,7 @@ from genkit.guidance.base import (
     check_number,
 )
 from genkit.guidance.classifier import check_gradients
+from genkit.guidance.levels import noise_level
 from genkit.guidance.minority import l2
 
 FIRST_DRAW = 2000  # of the run's noise: far from what the method inside may draw
@@ -89,17 +90,14 @@ class PromptState(NamedTuple):
 class MinorityPrompt(_Combinator):
     """``inner`` with one token e of the condition optimised in the run: ``max_e |stop(z) - z'| + balance |z - stop(z')|``.
 
-    ``z = D(x; e)``, ``z' = D(z + at n; at)`` under the plain prompt; a few iterations of Adam in every active step, with fresh
-    moments but from the embedding reached before, which stays in place to the end (Um & Ye 2025). Each iteration costs two rows
-    and a backward pass through both. Only the main model sees the new token. Where the scale of ``inner`` is 1 nothing is done.
+    ``z = D(x; e)``, ``z' = D(z + at n; at)`` under the plain prompt; a few iterations of Adam in every active step, from the
+    embedding reached before, which stays in place to the end (Um & Ye 2025). Each iteration costs two rows and a backward pass
+    through both. Only the main model sees the token. Where the scale of ``inner`` is 1 nothing is done. To a caller who
+    differentiates, the optimised token is a constant.
 
-    The authors append a new token to the prompt and run the text encoder anew at every iteration. Here the token stands at
-    ``position`` in the prompt, and starts from what is there (add a word to the prompt to keep the others), and:
-
-    - a run with a model ``encode(tokens) -> condition`` and a condition ``tokens`` (B, T, dim), input embeddings of the prompt,
-      is run as the authors do it;
-    - any other changes the *encoded* prompt at that position, so the other positions keep the encoding they have. A condition
-      of one vector (B, dim), a class embedding for example, is optimised as a whole.
+    The token stands at ``position`` in the prompt and starts from what is there (the authors append one). With a model
+    ``encode(tokens) -> condition`` and a condition ``tokens`` (B, T, dim), input embeddings of the prompt, the encoder runs anew
+    at every iteration, as theirs does; else the *encoded* prompt is changed, or a condition of one vector (B, dim) as a whole.
 
     Args:
         inner: a guidance with a conditional branch, CFG for example.
@@ -112,7 +110,7 @@ class MinorityPrompt(_Combinator):
         position: which token, negative ones counting from the end.
 
     Raises:
-        ValueError: an argument outside its range; in a run, a condition without embeddings.
+        ValueError: an argument outside its range; in a run, a condition without embeddings, or steps without noise level.
         RuntimeError: in a run, under ``torch.inference_mode``.
     """
 
@@ -143,7 +141,8 @@ class MinorityPrompt(_Combinator):
         return PromptState(self.inner.init(batch), None)
 
     def prepare(self, info: StepInfo, run: Host, state: PromptState) -> PromptState:
-        due = info.stage == "step" and info.sigma > self.until and info.index % self.every == 0
+        sigma = noise_level(info, "MinorityPrompt: at is a noise level", "it with a diffusion model")
+        due = info.stage == "step" and sigma > self.until and info.index % self.every == 0
         if due and self.weight(info) != 1:
             state = state._replace(token=self.optimise(info, run, state.token))
         return state._replace(inner=self.inner.prepare(info, run, state.inner))

@@ -22,7 +22,8 @@ class MomentumGuidance(_PostProcess):
     """``g + (w - 1)(g - m)``, then ``m <- (1 - beta) g + beta m``, g being ``inner`` (Liao et al. 2026, whose alpha is w - 1).
 
     It needs no evaluation of its own: around ``NoGuidance()`` it costs one a step. At the first evaluation m = g. An override of
-    the weight replaces w, and leaves ``inner`` its own, but 1 turns both off; evaluations at w = 1 do not move m.
+    the weight replaces w, and leaves ``inner`` its own, but 1 turns both off. Evaluations at w = 1, and steps in which nothing is
+    evaluated (:class:`ZeroInit`), do not move m.
 
     Args:
         inner: any guidance that does not ask for ``refine``.
@@ -61,7 +62,7 @@ class MomentumGuidance(_PostProcess):
     def combine(self, info: StepInfo, predictions: Predictions, state: MomentumState) -> tuple[Result, MomentumState]:
         result, inner = self.inner.combine(inside(info), predictions, state.inner)
         w = self.weight(info)
-        if w == 1:
+        if w == 1 or not predictions:  # without a prediction the estimate is no place the model has been
             return result, state._replace(inner=inner)
         guided = self.native(info, result.denoised)
         average = guided if state.average is None else state.average

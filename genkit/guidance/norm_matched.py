@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from genkit.guidance.base import check_number
-from genkit.guidance.postprocess import _PostProcess, ratio
+from genkit.guidance.measures import ratio
+from genkit.guidance.postprocess import _PostProcess
 from genkit.noise import Space
 
 
@@ -31,7 +32,8 @@ class NormMatched(_PostProcess):
         space: where the norms are taken: ``"flow"``, the output of the models named, ``"v"``, ``"eps"`` or ``"x0"``.
 
     Raises:
-        ValueError: an argument outside its range, an unknown space, or an inner guidance that asks for ``refine``.
+        ValueError: an argument outside its range, an unknown space, or an inner guidance that asks for ``refine``; in a run, an
+            axis that samples do not have.
     """
 
     axis: int | None = None
@@ -53,7 +55,13 @@ class NormMatched(_PostProcess):
         check_number(self, "limit", 0.0, math.inf, inside=True)
 
     def process(self, guided: Tensor, cond: Tensor) -> Tensor:
-        axes = tuple(range(1, guided.ndim)) if self.axis is None else (self.axis,)
+        n = guided.ndim
+        if self.axis is not None and (not -n < self.axis < n):
+            raise ValueError(
+                f"NormMatched: axis={self.axis} is no axis of a sample in x of shape {tuple(guided.shape)}; "
+                f"use None, 1 to {n - 1}, or -1 to {1 - n}"
+            )
+        axes = tuple(range(1, n)) if self.axis is None else (self.axis,)
         norm_g, norm_c = (torch.linalg.vector_norm(p, dim=axes, keepdim=True) for p in (guided, cond))
         factor = ratio(self.limit * norm_c, norm_g)
         return guided * (factor.clamp_max(1) if self.cap else factor)

@@ -17,7 +17,7 @@ class _Perturbed(Guidance):
 
     def __post_init__(self) -> None:
         check_number(self, "scale")
-        layers = getattr(self, "layers")  # noqa: B009 (a field of the subclasses, behind their own in order)
+        layers = self.perturbation.layers
         if not isinstance(layers, tuple | list) or not all(isinstance(name, str) and name for name in layers):
             raise ValueError(
                 f"{type(self).__name__}: layers={layers!r} must be a tuple of names, such as ('mid',); () is the default"

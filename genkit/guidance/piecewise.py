@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from genkit.guidance.base import Branch, Guidance, Host, Predictions, Result, StepInfo, is_number
+from genkit.guidance.levels import noise_level
 from genkit.guidance.several import _Several
 
 UNITS = ("sigma", "step", "fraction")
@@ -21,7 +22,8 @@ class Piecewise(_Several):
     high)`` is ``Piecewise((NoGuidance(), inner, NoGuidance()), (high, low))``.
 
     Its ``scale`` is that of the piece farthest from 1. A combinator that sets it to w gives piece k the scale
-    ``1 + (w_k - 1) (w - 1) / (scale - 1)``: all pushes are multiplied by the same gain.
+    ``1 + (w_k - 1) (w - 1) / (scale - 1)``: all pushes are multiplied by the same gain. Where all scales are 1, every
+    piece gets w.
 
     Args:
         pieces: guidances, the first for the highest noise levels.
@@ -71,7 +73,8 @@ class Piecewise(_Several):
     def current(self, info: StepInfo) -> int:
         """The index of the piece that acts in this step."""
         if self.unit == "sigma":
-            return sum(info.sigma <= b for b in self.bounds)
+            other = "unit='step' or unit='fraction'"
+            return sum(noise_level(info, "Piecewise: unit='sigma'", other) <= b for b in self.bounds)
         starts = self.bounds if self.unit == "step" else [int(b * info.total) for b in self.bounds]
         return sum(info.index >= b for b in starts)
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from genkit import noise
 from genkit.guidance.base import COND, Branch, Guidance, Predictions, Result, StepInfo, _Combinator
+from genkit.guidance.measures import working
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,17 @@ class _PostProcess(_Combinator):
         raise NotImplementedError
 
     def native(self, info: StepInfo, denoised: Tensor) -> Tensor:
-        """A clean-image estimate as a prediction in ``space``."""
-        return noise.from_x0(denoised, info.x, info.alpha, info.s, self.space)
+        """A clean-image estimate as a prediction in ``space``, in float32 at least."""
+        return noise.from_x0(working(denoised), info.x, info.alpha, info.s, self.space)
 
     def changed(self, info: StepInfo, result: Result, change: Callable[[Tensor], Tensor]) -> Result:
         """The result with its estimate changed by a function that works in ``space``."""
         prediction = change(self.native(info, result.denoised))
-        return result._replace(denoised=noise.to_x0(prediction, info.x, info.alpha, info.s, self.space))
+        denoised = noise.to_x0(prediction, info.x, info.alpha, info.s, self.space)
+        return result._replace(denoised=denoised.to(result.denoised))
 
 
 def check_space(owner: Guidance) -> None:
     """Raise ValueError unless field ``space`` is one of ``noise.SPACES``."""
     if owner.space not in noise.SPACES:
         raise ValueError(f"{type(owner).__name__}: space={owner.space!r} must be one of {', '.join(noise.SPACES)}")
-
-
-def ratio(target: Tensor, size: Tensor) -> Tensor:
-    """``target / size``, and 1 where ``size`` is 0 or only rounding beside ``target``: nothing is there to be scaled."""
-    real = size > torch.finfo(size.dtype).eps ** 0.5 * target
-    return torch.where(real, target / torch.where(real, size, 1), 1)

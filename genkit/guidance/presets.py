@@ -22,6 +22,7 @@ class Preset(NamedTuple):
 _EDM2 = "NVlabs/edm2, presets of generate_images.py (Karras et al. 2024)"
 _INTERVAL = "kynkaat/guidance-interval, README (Kynkaanniemi et al. 2024)"
 _CFGPP = "CFGpp-diffusion/CFGpp, README (Chung et al. 2024)"
+_DEFAULTS = "defaults of diffusers 0.42.1, the CFG scale too: "
 _MODULAR = "default of the modular pipeline in diffusers 0.42.1"
 
 PRESETS: tuple[Preset, ...] = (
@@ -60,16 +61,15 @@ PRESETS: tuple[Preset, ...] = (
         "sdxl/fdg", "FDG((10.0, 5.0))", "Stable Diffusion XL", "diffusers 0.42.1, FrequencyDecoupledGuidance (arXiv 2506.19713)"
     ),
     Preset("sdxl/seg", "Sum(CFG(3.0), SEG(4.0, layers=('mid',)))", "Stable Diffusion XL", "SusungHong/SEG-SDXL (Hong 2024)"),
-    Preset(
-        "sd/pag", "PAG(4.0, layers=('mid',))", "Stable Diffusion 1.5 and XL, added to CFG", "PAG pipelines of diffusers 0.42.1"
-    ),
+    Preset("sd/pag", "Sum(CFG(7.5), PAG(4.0, layers=('mid',)))", "Stable Diffusion 1.5", f"{_DEFAULTS}PAG pipeline"),
+    Preset("sdxl/pag", "Sum(CFG(5.0), PAG(4.0, layers=('mid',)))", "Stable Diffusion XL", f"{_DEFAULTS}PAG pipeline"),
     Preset("sd/cfgpp", "CFGPP(0.6)", "Stable Diffusion 1.5 and XL", _CFGPP),
     Preset("sdxl-lightning/cfgpp", "CFGPP(1.0)", "Stable Diffusion XL Lightning", _CFGPP),
     Preset(
         "sd3.5-medium/slg",
-        "Interval(SLG(3.8, layers=('7', '8', '9')), 0.01, 0.2, 'fraction')",
-        "Stable Diffusion 3.5 Medium, added to CFG",
-        "skip-layer defaults of diffusers 0.42.1",
+        "Sum(CFG(7.0), Interval(SLG(3.8, layers=('7', '8', '9')), 0.01, 0.2, 'fraction'))",
+        "Stable Diffusion 3.5 Medium",
+        f"{_DEFAULTS}pipeline, and the layers it names",
     ),
     Preset("sd3.5-large/raag", "RAAG(18.0, alpha=12.0)", "Stable Diffusion 3.5 Large", "authors' code (arXiv 2508.03442)"),
     Preset(
@@ -83,6 +83,12 @@ PRESETS: tuple[Preset, ...] = (
         "APGMix(CFG(3.5), APG(11.0, momentum=-0.5, threshold=10.0), last=5)",
         "HunyuanImage 2.1",
         "diffusers 0.42.1; close to theirs, which adds the update 10 times to the unconditional prediction",
+    ),
+    Preset(
+        "var/cfg",
+        "Scheduled(CFG(2.5), 'linear', preserve_mean=False)",
+        "VAR ImageNet-256",
+        "FoundationVision/VAR, whose cfg is 1.5",
     ),
     Preset("qwen-image/cfg", "CFG(4.0)", "Qwen-Image", _MODULAR),
     Preset("wan2.1/cfg", "CFG(5.0)", "Wan 2.1", _MODULAR),

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from genkit import noise
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.measures import norm, per_sample
 
 
 @dataclass(frozen=True)
-class RAAG(Guidance):
+class RAAG(CondUncond):
     """``c + (w_eff - 1) d``, ``w_eff = 1 + (w - 1) exp(-alpha |d| / |u|)``, ``d = c - u`` (RAAG, arXiv 2508.03442).
 
     c and u are velocities (flow space); the ratio is taken per sample over all axes, so a sample never depends on its batch (the
@@ -37,18 +39,10 @@ class RAAG(Guidance):
         check_number(self, "scale")
         check_number(self, "alpha", 0.0, 1e6)
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
-    def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
-        if self.weight(info) == 1:  # to the flow and back would round
-            return Result(predictions["cond"]), state
-        return super().combine(info, predictions, state)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         w, cond = self.weight(info), predictions["cond"]
         delta = cond - predictions["uncond"]
-        norm_d, norm_u = (torch.linalg.vector_norm(p.flatten(1), dim=1) for p in (delta, predictions["uncond"]))
+        norm_d, norm_u = norm(delta), norm(predictions["uncond"])
         distance = torch.where(norm_u > 0, norm_d / torch.where(norm_u > 0, norm_u, 1), math.inf)
         damping = torch.exp(-self.alpha * distance) if self.alpha else torch.ones_like(distance)
-        return Result(cond + (w - 1) * damping.reshape(-1, *[1] * (cond.ndim - 1)) * delta), state
+        return Result((cond + (w - 1) * per_sample(damping, cond) * delta).to(cond)), state

@@ -8,14 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from genkit.guidance.base import check_number
-from genkit.guidance.postprocess import _PostProcess, ratio
-
-
-def spread(values: Tensor) -> Tensor:
-    """Unbiased standard deviation per sample (B, 1, ...); 0 for samples of a single value."""
-    flat = values.flatten(1)
-    variance = (flat - flat.mean(1, keepdim=True)).square().sum(1) / max(flat.shape[1] - 1, 1)
-    return variance.sqrt().reshape(-1, *[1] * (values.ndim - 1))
+from genkit.guidance.measures import ratio, spread
+from genkit.guidance.postprocess import _PostProcess
 
 
 @dataclass(frozen=True)

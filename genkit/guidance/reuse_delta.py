@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from genkit import noise
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_count, check_number
+from genkit.guidance.base import COND, Branch, Predictions, Result, StepInfo, check_count, check_number
+from genkit.guidance.cond_uncond import CondUncond
 
 
 class Kept(NamedTuple):
@@ -17,7 +18,7 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ReuseDelta(Guidance):
+class ReuseDelta(CondUncond):
     """``v = v_c + (w - 1) d``, ``d = v_c - v_u`` of the last step that evaluated v_u: every ``every``-th one.
 
     v is the flow velocity. The steps are counted from the first guided one, so inside an :class:`Interval` the first step is
@@ -46,12 +47,7 @@ class ReuseDelta(Guidance):
         return kept is not None and 0 < info.index - kept.step < self.every
 
     def plan(self, info: StepInfo, state: Kept | None) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 or self.reuses(info, state) else (COND, UNCOND)
-
-    def combine(self, info: StepInfo, predictions: Predictions, state: Kept | None) -> tuple[Result, Any]:
-        if self.weight(info) == 1:  # to the flow and back would round
-            return Result(predictions["cond"]), state
-        return super().combine(info, predictions, state)
+        return (COND,) if self.reuses(info, state) else super().plan(info, state)
 
     def rule(self, info: StepInfo, predictions: Predictions, state: Kept | None) -> tuple[Result, Kept]:
         cond = predictions["cond"]

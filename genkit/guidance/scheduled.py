@@ -25,17 +25,20 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 
 @lru_cache(maxsize=256)
 def curve(shape: str, power: float, total: int, preserve_mean: bool) -> tuple[float, ...]:
-    """The shape at every step of a run of ``total`` steps, divided by its mean over them if asked."""
+    """The shape at every step of a run of ``total`` steps, 1 if it is 0 at all; divided by its mean over them if asked."""
     values = [SHAPES[shape](i / (total - 1) if total > 1 else 0.5, power) for i in range(total)]
+    if not any(values):  # else a run of so few steps would lose its guidance
+        values = [1.0] * total
     mean = sum(values) / total if preserve_mean else 1.0
-    return tuple(v / mean for v in values) if mean else tuple(values)
+    return tuple(v / mean for v in values)
 
 
 @dataclass(frozen=True)
 class Scheduled(_Combinator):
     """``inner`` with the scale ``w_i = 1 + max(clamp, (w - 1) f_i)``, f a curve over the run (Wang et al. 2024, sec. 4).
 
-    The curve multiplies ``w - 1``, so w = 1 stays no guidance. Where w_i is 1 the other branches are not evaluated.
+    The curve multiplies ``w - 1``, so w = 1 stays no guidance. Where w_i is 1 the other branches are not evaluated. A curve
+    that is 0 at every step, as ``lambda`` over 2 and ``v`` over 1, is constant.
 
     Args:
         inner: a guidance with a ``scale`` (possibly inside other combinators).

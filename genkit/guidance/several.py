@@ -13,7 +13,7 @@ class _Several(Guidance):
     """A guidance over ``parts``, whose state is the tuple of theirs.
 
     Its ``scale`` is that of the part farthest from 1. An override w is passed on as a gain: part k gets
-    ``1 + (w_k - 1) (w - 1) / (scale - 1)``, so at w = 1 no part guides, and parts of equal scale all get w.
+    ``1 + (w_k - 1) (w - 1) / (scale - 1)``, so at w = 1 no part guides, and parts of equal scale, 1 too, all get w.
     """
 
     @property
@@ -23,9 +23,9 @@ class _Several(Guidance):
 
     def seen(self, info: StepInfo) -> tuple[StepInfo, ...]:
         """The step as each part sees it: with its share of an override."""
-        if info.weight is None:
+        if info.weight is None or self.scale == 1:
             return (info,) * len(self.parts)
-        gain = 0.0 if self.scale == 1 else (info.weight - 1) / (self.scale - 1)
+        gain = (info.weight - 1) / (self.scale - 1)
         return tuple(info._replace(weight=1 + (scale_of(part) - 1) * gain) for part in self.parts)
 
     def init(self, batch: int) -> tuple[Any, ...]:

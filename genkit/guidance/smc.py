@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
+from genkit.guidance.measures import working
 
 
 @dataclass(frozen=True)
-class SMC(Guidance):
+class SMC(CondUncond):
     """``D = D_c + (w - 1)(e - k S / |S|)``, ``S = (e - e') + lambda e'`` (SMC-CFG, arXiv 2603.03281, in its normalised form).
 
     ``e = D_c - D_u``, e' that of the last guided evaluation (e itself at the first); norms per sample over all axes, in x0 space.
@@ -38,15 +40,10 @@ class SMC(Guidance):
         for name in ("k", "slope"):
             check_number(self, name, 0.0, 1e6)
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
     def rule(self, info: StepInfo, predictions: Predictions, state: Tensor | None) -> tuple[Result, Any]:
         w, cond = self.weight(info), predictions["cond"]
-        if w == 1:
-            return Result(cond), state
         error = cond - predictions["uncond"]
         before = error if state is None else state
         surface = (error - before) + self.slope * before
-        unit = torch.nn.functional.normalize(surface.flatten(1), dim=1).reshape(surface.shape)  # 0 stays 0
-        return Result(cond + (w - 1) * (error - self.k * unit)), error
+        unit = torch.nn.functional.normalize(working(surface).flatten(1), dim=1).reshape(surface.shape)  # 0 stays 0
+        return Result((cond + (w - 1) * (error - self.k * unit)).to(cond)), error

@@ -21,7 +21,8 @@ class Sum(_Several):
     (:class:`ZeroInit`) or changes conditions (:class:`CADS`) belongs around a sum, not into it.
 
     Its ``scale`` is that of the part farthest from 1. A combinator that sets it to w gives part k the scale
-    ``1 + (w_k - 1) (w - 1) / (scale - 1)``: both pushes are multiplied by the same gain.
+    ``1 + (w_k - 1) (w - 1) / (scale - 1)``: both pushes are multiplied by the same gain. Where both scales are 1, each
+    part gets w.
 
     Args:
         first, second: any guidances.

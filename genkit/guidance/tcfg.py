@@ -10,7 +10,8 @@ from torch import Tensor
 
 from genkit import noise
 from genkit.guidance.apg import project
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, Predictions, Result, StepInfo, check_number
+from genkit.guidance.base import Predictions, Result, StepInfo, check_number
+from genkit.guidance.cond_uncond import CondUncond
 
 
 def damped(cond: Tensor, uncond: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def damped(cond: Tensor, uncond: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TCFG(Guidance):
+class TCFG(CondUncond):
     """``eps_c + (w - 1)(eps_c - eps_u')``, eps_u' being eps_u without its small component (TCFG, Kwon et al. 2025).
 
     ``eps_u' = <eps_u, v> v``, v the leading right-singular vector of ``[eps_c; eps_u]``, per sample over all axes.
@@ -48,14 +49,9 @@ class TCFG(Guidance):
     def __post_init__(self) -> None:
         check_number(self, "scale")
 
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return (COND,) if self.weight(info) == 1 else (COND, UNCOND)
-
     def combine(self, info: StepInfo, predictions: Predictions, state: Any) -> tuple[Result, Any]:
         w, cond = self.weight(info), predictions["cond"]
-        if w == 1:
-            return Result(cond), state
-        if info.alpha == 0 and self.space == "eps":
+        if w != 1 and info.alpha == 0 and self.space == "eps":
             parallel, orthogonal = project(cond - predictions["uncond"], info.x)
             return Result(cond + (w - 1) * (parallel + orthogonal / 2)), state
         return super().combine(info, predictions, state)

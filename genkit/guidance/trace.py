@@ -17,7 +17,7 @@ class Trace:
     """A table with one row per guided evaluation.
 
     Columns: ``batch`` (which chunk of a long run), ``step``, ``stage``, ``sigma`` (level at which the step begins), ``weight``
-    (guidance scale in force; 1 where only the conditional branch ran), ``branches`` ("cond+uncond"), ``rows`` (network rows
+    (guidance scale in force; 1 where nothing guides), ``branches`` ("cond+uncond"), ``rows`` (network rows
     over the batch), ``agreement`` (the cosine by which an Adaptive decides, mean over the samples still guided); with the level
     "full" also ``cosine`` (of the branches' eps) and ``update_norm`` (|D - D_c|), batch means.
     """

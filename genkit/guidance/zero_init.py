@@ -16,7 +16,8 @@ class ZeroInit(_Combinator):
     """``v = 0`` in the first ``steps`` steps, then ``inner`` (CFG-Zero*, Fan et al. 2025).
 
     v is the flow velocity, so the estimate there is ``D = x / (alpha + s)``. Nothing is evaluated in these steps: NFE 0. Without
-    guidance (scale 1) the combinator does nothing. It belongs outermost: what is around it gets no predictions in these steps.
+    guidance (scale 1) the combinator does nothing. It belongs outermost: what is around it gets no predictions in these steps,
+    and a schedule around it that sets the scale to 1 there, as ``linear`` does in the first step, turns it off.
 
     Args:
         inner: any guidance; it sees nothing of these steps.

@@ -73,6 +73,10 @@ class BoxDownsampling:
 
     factor: int
 
+    def __post_init__(self) -> None:
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
+            raise ValueError(f"factor={self.factor!r} must be an integer from 1 on")
+
     def A(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"factor={self.factor} does not divide an image of {x.shape[-2]} x {x.shape[-1]} pixels")
@@ -90,6 +94,10 @@ class GaussianBlur:
     """
 
     sigma: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma={self.sigma!r} must be a positive number of pixels")
 
     def A(self, x: Tensor) -> Tensor:
         radius = math.ceil(4 * self.sigma)

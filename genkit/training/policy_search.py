@@ -76,6 +76,11 @@ class Search:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer from 1 on")
+        for value in self.scales:
+            if not is_number(value) or not abs(value) < 1e6:
+                raise ValueError(f"scales={self.scales!r} must be numbers below 1e6")
+        if self.cold > self.hot:
+            raise ValueError(f"cold={self.cold!r} is above hot={self.hot!r}: the temperature falls from hot to cold")
         if self.scale == 1:
             raise ValueError("scale=1 is no guidance, there is nothing to search; use another scale")
 
@@ -118,14 +123,28 @@ class Policy:
         os.replace(temporary, path)
 
 
-def load_policy(path: str | os.PathLike[str]) -> Guidance:
-    """The guidance of a file written by :meth:`Policy.save`. Raises ValueError if it is damaged or of another kind."""
+def load_policy(path: str | os.PathLike[str], sampler: str | None = None, steps: int | None = None) -> Guidance:
+    """The guidance of a file written by :meth:`Policy.save`.
+
+    Args:
+        path: of the file.
+        sampler, steps: what it is to be used with: a policy belongs to those of its search. None is not compared.
+
+    Raises:
+        ValueError: the file is damaged or of another kind, or was searched with another sampler or number of steps.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"path={str(path)!r} cannot be read as JSON ({error}); give a file written by Policy.save") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("guidance"), str):
         raise ValueError(f"path={str(path)!r} is not a file of format {FORMAT!r}; give a file written by Policy.save")
+    search = content.get("search", {})
+    for name, given in (("sampler", sampler), ("steps", steps)):
+        if given is not None and given != search.get(name):
+            raise ValueError(
+                f"{name}={given!r}: the policy in {str(path)!r} was searched with {name}={search.get(name)!r}; use that"
+            )
     return parse(content["guidance"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from genkit import noise
 from genkit.denoiser import Condition, EDMDenoiser, Guided, Ledger
-from genkit.guidance import APG, CFG, COND, UNCOND, Adaptive, Branch, Guidance, Interval, NoGuidance, Result, StepInfo
+from genkit.guidance import APG, CFG, COND, UNCOND, Adaptive, Branch, Guidance, Interval, NoGuidance, Result, StepInfo, parse
+from genkit.guidance.base import Need
 from genkit.noise import FLOW, VE, VP, Path
+from genkit.random import Fixed
 from genkit.samplers.diffusion import sample
+from genkit.samplers.diffusion.restart import Restart, restarted
 from tests.toys import LABELS, MAIN, SHAPE, UNCONDITIONAL, WEAK, Counting, Mixture, Run, conditions, step_info
 
 X = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -104,6 +107,32 @@ def test_a_second_model_is_one_more_call() -> None:
     assert (run.ledger.calls, run.ledger.nfe) == (2, [2, 3, 3, 2])
     torch.testing.assert_close(run.state["weak"][1:3], direct(LABELS, model=WEAK)[1:3])
     torch.testing.assert_close(run.state["weak"][0], direct(LABELS)[0])
+
+
+class Nonempty(Counting):
+    """Like the built-in network, it cannot be called with no rows."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition, /) -> Tensor:
+        assert len(x) > 0
+        return super().__call__(x, sigma, condition)
+
+
+@pytest.mark.parametrize("model", ["main", "weak"])
+def test_a_mask_of_no_sample_is_not_evaluated(model: str) -> None:
+    main, weak = Nonempty(MAIN), Nonempty(WEAK)
+    branches = (COND, Branch("other", "negative", model, mask=torch.zeros(4, dtype=torch.bool)))
+    run = one_call(_Planned(branches), {"main": main, "weak": weak})
+    assert (run.ledger.calls, run.ledger.nfe) == (1, [1] * 4)
+    assert torch.equal(run.state["other"], run.state["cond"])
+    assert run.state["other"] is not run.state["cond"]
+    assert (run.trace.rows[0]["branches"], run.trace.rows[0]["rows"]) == ("cond", 4)
+
+
+@pytest.mark.parametrize("cond", [(), (COND._replace(mask=torch.tensor([True, False, True, True])),)])
+def test_a_mask_needs_a_cond_prediction(cond: tuple[Branch, ...]) -> None:
+    branches = (*cond, UNCOND._replace(mask=torch.tensor([True, False, True, True])))
+    with pytest.raises(ValueError, match="plan 'cond' without a mask beside it"):
+        one_call(_Planned(branches))
 
 
 def test_sigma_is_a_vector_with_one_level_a_row() -> None:
@@ -231,6 +260,78 @@ def test_trace_levels() -> None:
             assert ("cosine" in row) == (on and level == "full")
             assert ("update_norm" in row) == (level == "full")
             assert on or level == "basic" or row["update_norm"] == 0
+
+
+def test_the_weight_is_that_in_force_where_one_branch_guides() -> None:
+    weights = {
+        text: [r["weight"] for r in Run(parse(text), "euler").guided.trace.rows]
+        for text in ("ReuseDelta(3.0)", "MomentumGuidance(NoGuidance(), 1.5)", "CFG(0.0)", "LinearAG(3.0)", "NoGuidance()")
+    }
+    assert weights == {text: [w] * 6 for text, w in zip(weights, (3.0, 1.5, 0.0, 3.0, 1.0), strict=True)}
+
+
+def test_the_weight_is_1_once_all_samples_have_left() -> None:
+    rows = Run(Adaptive(CFG(3.0), 0.99), "euler").guided.trace.rows
+    assert {r["branches"]: r["weight"] for r in rows} == {"cond+uncond": 3.0, "cond": 1.0}
+
+
+# ---- restarts ----
+
+RESTARTS = restarted("euler", [Restart(0.8, 1.2, 3, 2), Restart(0.3, 2.5, 2)])
+
+
+@dataclass(frozen=True)
+class _Visits(NoGuidance):
+    """Notes where each step stands, and what it would draw."""
+
+    seen: list[tuple[StepInfo, Tensor]]
+    requires: ClassVar[frozenset[Need]] = frozenset({"prepare"})
+
+    def prepare(self, info: StepInfo, run: Any, state: Any) -> Any:
+        self.seen.append((info, run.noise(X, info)))
+        return state
+
+
+def test_a_restart_comes_by_the_steps_of_the_grid_again() -> None:
+    visits = _Visits([])
+    Run(visits, RESTARTS)
+    grid = noise.karras(6, 0.05, 3.0).tolist()
+    assert len(visits.seen) == 6 + 2 * 2 + 1
+    for info, _ in visits.seen:
+        assert info.total == 6
+        assert info.progress == info.index / 5
+        assert grid[info.index] >= info.sigma
+        assert info.index == 5 or grid[info.index + 1] < info.sigma
+    drawn = [value for _, value in visits.seen]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_gates_by_step_act_alike_in_every_round() -> None:
+    bounds = noise.karras(6, 0.05, 3.0).tolist()
+    steps, sigmas = Interval(CFG(3.0), 2, 3, "step"), Interval(CFG(3.0), bounds[4], bounds[2])
+    fractions = Interval(CFG(3.0), 2 / 6 + 1e-9, 4 / 6 + 1e-9, "fraction")
+    weights = [[r["weight"] for r in Run(g, RESTARTS).guided.trace.rows] for g in (steps, fractions, sigmas)]
+    assert set(weights[0]) == {1.0, 3.0}
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize("text", ["APG(3.0, momentum=-0.5)", "ReuseDelta(3.0, every=4)", "Adaptive(CFG(3.0), 0.99)"])
+def test_a_run_begins_anew_where_the_noise_level_rises(text: str) -> None:
+    """The way down after a rise is what a new run makes of the same state."""
+    grid, seen = noise.karras(6, 0.05, 3.0), list[tuple[StepInfo, Result]]()
+    sampler = restarted("euler", [Restart(float(grid[3]), float(grid[1]), 2)])  # up again, to below the level before
+
+    def start(x: Tensor, sigmas: Tensor, solver: Any) -> Tensor:
+        run = Guided({"main": MAIN, "weak": WEAK}, parse(text), conditions(LABELS), 4, seeds=range(4))
+        return sample(run, x, sigmas, solver, VE, Fixed(X.expand(20, *X.shape)), lambda *at: seen.append(at))
+
+    start(3 * X, grid, sampler)
+    up = next(i for i in range(1, len(seen)) if seen[i][0].sigma > seen[i - 1][0].sigma_next)
+    again, result = seen[up]
+    fresh = Guided({"main": MAIN, "weak": WEAK}, parse(text), conditions(LABELS), 4, seeds=range(4))
+    assert torch.equal(fresh(again).denoised, result.denoised)
+    for info, other in seen[up + 1 :]:
+        assert torch.equal(fresh(info).denoised, other.denoised)
 
 
 def test_full_trace_measures_by_hand() -> None:

@@ -7,14 +7,13 @@ ours gives (at eta = 0 it is not the conditional prediction at w = 1): it is our
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from genkit.guidance import APG, CFG, COND, UNCOND, Branch, Guidance, Interval, Result, StepInfo
+from genkit.guidance import APG, CFG, APGMix, Guidance, Interval
 from tests.toys import golden, step_info
 
 ARRAYS, META = golden("guidance/apg")
@@ -95,31 +94,13 @@ def test_momentum_advances_only_inside_an_interval() -> None:
         assert_close(ours, MOMENTUM["interval_guider"][i])
 
 
-@dataclass(frozen=True)
-class _Mix(Guidance):
-    """``first`` up to step ``last``, while the average of ``then`` already runs; ``then`` from there on."""
-
-    first: CFG
-    then: APG
-    last: int
-
-    def plan(self, info: StepInfo, state: Any) -> tuple[Branch, ...]:
-        return COND, UNCOND
-
-    def rule(self, info: StepInfo, predictions: Any, state: Any) -> tuple[Result, Any]:
-        result, state = self.then.combine(info, predictions, state)
-        if info.index <= self.last:
-            return self.first.combine(info, predictions, None)[0], state
-        return result, state
-
-
 def test_mix_of_cfg_then_apg() -> None:
     arrays, meta = golden("guidance/apg_mix")
     p = meta["params"]
     name = "adaptive_projected_guidance_"
     # their second part is the "native" form
     apg = APG(p[f"{name}scale"] + 1, p["eta"], p[f"{name}momentum"], p[f"{name}rescale"])
-    guidance = _Mix(CFG(p["guidance_scale"]), apg, p[f"{name}start_step"])
+    guidance = APGMix(CFG(p["guidance_scale"]), apg, p[f"{name}start_step"])
     state = guidance.init(2)
     for i in range(6):
         cond, uncond = torch.from_numpy(arrays["cond"][i]), torch.from_numpy(arrays["uncond"][i])

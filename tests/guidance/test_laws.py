@@ -6,6 +6,9 @@ Nothing here names a method: a new class is covered as soon as it exists, throug
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -324,8 +327,12 @@ def test_guidance_leaves_the_global_generator_alone(text: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_example
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+NAMES = sorted(SAMPLERS)
+#: Every example meets a few samplers, and every sampler a third of the examples.
+PAIRS = [(text, name) for i, text in enumerate(EXAMPLES) for k, name in enumerate(NAMES) if (i + k) % 3 == 0]
+
+
+@pytest.mark.parametrize(("text", "sampler"), PAIRS)
 def test_no_number_is_drawn_where_its_scale_is_0(text: str, sampler: str) -> None:
     def refuse(like: Tensor, step: int) -> Tensor:
         raise AssertionError(f"noise drawn in step {step}")
@@ -336,6 +343,135 @@ def test_no_number_is_drawn_where_its_scale_is_0(text: str, sampler: str) -> Non
     quiet = solver(**{name: 0.0 for name in solver.options if name in NOISE_OPTIONS})
     out = sample(guided(parse(text), [0, 1]), start_of([0, 1]), noise.karras(3, 0.05, 3.0), quiet, VE, noise=refuse)
     assert torch.isfinite(out).all()
+
+
+@every_example
+def test_no_number_is_drawn_at_scale_1(text: str) -> None:
+    """Without seeds a run cannot draw any."""
+    made = at_scale(parse(text), 1.0)
+    run = Guided({"main": MAIN, "weak": WEAK, **OTHERS}, made, conditions(LABELS), 4, seeds=None)
+    out = sample(run, start_of([0, 1, 2, 3]), noise.karras(6, 0.05, 3.0), sampler_of(made), VE, Gaussian(range(4), stream=1))
+    assert torch.equal(out, reference(NoGuidance(), sampler_of(made)).out)
+
+
+# ---- images, from pure noise ----
+
+
+class Images:
+    """The exact denoiser of ``N(mean[label], std^2 I)`` on the flow path, at any level up to inf, in float32."""
+
+    path = FLOW
+
+    def __init__(self, std: float) -> None:
+        self.variance, g = std**2, torch.Generator().manual_seed(3)
+        self.mean = torch.randn(4, 3, 8, 8, generator=g) * torch.tensor([1.0, 1.0, 1.0, 0.3])[:, None, None, None]
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Any, /) -> Tensor:
+        label = condition["label"]
+        weight = label if label.is_floating_point() else self.embed(label)
+        mean = torch.einsum("bk,kchw->bchw", weight.to(x), self.mean)
+        alpha, s = ((v.to(x))[:, None, None, None] for v in (1 / (1 + sigma), 1 / (1 + 1 / sigma)))
+        return mean + alpha * self.variance / (alpha**2 * self.variance + s**2) * (x - alpha * mean)
+
+    def embed(self, condition: Any) -> Any:
+        if isinstance(condition, dict):
+            return {**condition, "label": self.embed(condition["label"])}
+        return condition if condition.is_floating_point() else torch.nn.functional.one_hot(condition % 4, 4).float()
+
+    @contextmanager
+    def perturbed(self, perturbation: Any) -> Iterator[None]:
+        before, self.variance = self.variance, 2 * self.variance
+        try:
+            yield
+        finally:
+            self.variance = before
+
+
+class Nearness:
+    """``log p(label | x)`` of the images."""
+
+    path = FLOW
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Any, /) -> Tensor:
+        alpha = (1 / (1 + sigma)).to(x)[:, None, None, None, None]
+        away = (x[:, None] - alpha * self.images.mean).square().mean((2, 3, 4))
+        label = condition["label"] if isinstance(condition, dict) else condition
+        return (-away).log_softmax(1).gather(1, label[:, None] % 4)[:, 0]
+
+
+@every_example
+def test_images_from_pure_noise(text: str) -> None:
+    made, main, weak = parse(text), Images(0.3), Images(0.5)
+    models = {"main": main, "weak": weak, "classifier": Nearness(main), "minority": Nearness(weak)}
+    run = Guided(models, made, conditions(LABELS[:2]), 2, seeds=[0, 1])
+    solver, sigmas = suitable("flow_euler", made), noise.uniform_t(4)
+    out = sample(run, Gaussian([0, 1])(torch.empty(2, 3, 8, 8)), sigmas, solver, FLOW, Gaussian([0, 1], stream=1))
+    assert out.dtype == torch.float32
+    assert torch.isfinite(out).all()
+    steps = Guided(models, NoGuidance(), conditions(LABELS[:2]), 2)
+    plain = sample(steps, Gaussian([0, 1])(torch.empty(2, 3, 8, 8)), sigmas, solver, FLOW, Gaussian([0, 1], stream=1))
+    rows = run.trace.rows
+    if any("+" in r["branches"] for r in rows) and all(r["branches"] for r in rows):  # it guides, and skips no step
+        assert min(run.ledger.nfe) > min(steps.ledger.nfe)
+        assert not torch.equal(out, plain)
+
+
+# ---- compositions ----
+
+LEAVES = (
+    "CFG(3.0)",
+    "APG(3.0, momentum=-0.5)",
+    "ReuseDelta(3.0)",
+    "Autoguidance(2.0)",
+    "NoGuidance()",
+    "CFG(0.0)",
+    "LinearAG(2.0)",
+)
+AROUND = (
+    "Interval({}, 0.2, 2.0)",
+    "Interval({}, 1, 4, 'step')",
+    "Adaptive({}, 0.99)",
+    "Scheduled({}, 'sine')",
+    "ZeroInit({})",
+    "MomentumGuidance({}, 1.3)",
+    "Sum({}, CFG(2.0))",
+    "Piecewise(({}, CFG(2.0)), (1.0,))",
+)
+
+
+def compositions(count: int) -> list[str]:
+    """Two and three deep, drawn from a fixed seed; those that a class refuses left out."""
+    rng, found = random.Random(5), dict[str, None]()
+    while len(found) < count:
+        text = rng.choice(LEAVES)
+        for _ in range(rng.choice((2, 3))):
+            text = rng.choice(AROUND).format(text)
+        try:
+            parse(text)
+        except ValueError:
+            continue
+        found[text] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("text", compositions(40))
+def test_compositions(text: str) -> None:
+    """What holds of every guidance holds of guidances in one another."""
+    made, order = parse(text), (2, 0, 3, 1)
+    assert parse(repr(made)) == made
+    run, permuted, plain = Run(made), Run(made, rows=order), reference(NoGuidance(), "heun")
+    assert torch.isfinite(run.out).all()
+    assert run.nfe == [a + b for a, b in zip(run.main.rows(4), run.weak.rows(4), strict=True)]
+    assert sum(r["rows"] for r in run.guided.trace.rows) == sum(run.nfe)
+    assert unequal(permuted.out, run.out[list(order)]) < 1e-9
+    assert permuted.nfe == [run.nfe[i] for i in order]
+    off = Run(at_scale(made, 1.0))
+    assert torch.equal(off.out, plain.out)
+    assert off.nfe == plain.nfe
+    assert all(r["weight"] == 1 for r in off.guided.trace.rows)
 
 
 # ---- new classes ----

@@ -247,12 +247,10 @@ def test_fitting_is_better_than_reuse_at_equal_cost(sampler: str, nfe: int) -> N
     assert fitted < 0.75 * reuse < 0.1 * none
 
 
-def test_steps_that_evaluate_nothing_keep_their_place() -> None:
-    """A restart's rises count as steps; behind one the history begins anew."""
-    options: Any = {"sampler": "restart(low=0.3, high=2.0, times=1)", "steps": 8}
-    made = LinearAG.fit(MIXTURE, 0, range(12), 3.0, **options)
-    fitting = MIXTURE.out
-    torch.testing.assert_close(MIXTURE(0, range(12), made, **options).latents, fitting, rtol=0, atol=1e-9)
+def test_fit_refuses_restarts() -> None:
+    """They come by a step more than once, so a row would not belong to one evaluation."""
+    with pytest.raises(ValueError, match="a sampler without restarts"):
+        LinearAG.fit(MIXTURE, 0, range(4), 3.0, sampler="restart(low=0.3, high=2.0, times=1)", steps=8)
 
 
 def test_fit_refuses() -> None:

@@ -15,12 +15,12 @@ from genkit.guidance.apg_mix import APGMix
 from genkit.guidance.base import signature
 from genkit.guidance.dynamic_thresholding import DynamicThresholding, quantile
 from genkit.guidance.fdg import FDG
+from genkit.guidance.measures import ratio, spread
 from genkit.guidance.momentum import MomentumGuidance
 from genkit.guidance.norm_matched import NormMatched
-from genkit.guidance.postprocess import ratio
 from genkit.guidance.raag import RAAG
 from genkit.guidance.rectified_cfgpp import RectifiedCFGPP
-from genkit.guidance.rescaled import Rescaled, spread
+from genkit.guidance.rescaled import Rescaled
 from genkit.guidance.reuse_delta import ReuseDelta
 from genkit.guidance.smc import SMC
 from genkit.guidance.tcfg import TCFG, damped

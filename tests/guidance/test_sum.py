@@ -208,7 +208,7 @@ def test_hooks_of_both_parts_are_called() -> None:
     assert made.needs == {"prepare", "refine"}
     guided = Guided(Same(), made, conditions(LABELS), 4)
     x = torch.zeros(4, *SHAPE, dtype=torch.float64)
-    assert [float(guided(step_info(x, i, 2)).denoised.max()) for i in range(2)] == [11.0, 22.0]
+    assert [float(guided(step_info(x, i, 2, sigma=0.5**i)).denoised.max()) for i in range(2)] == [11.0, 22.0]
 
 
 class Same:

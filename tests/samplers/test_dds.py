@@ -248,3 +248,24 @@ def test_eta_and_gamma():
     assert torch.equal(inpainted(NoGuidance(), DDS(eta=1)), inpainted(NoGuidance(), DDS(eta=7)))
     with pytest.raises(ValueError, match="gamma=0: use a positive number"):
         DataConsistency(lambda info: Result(info.x), Masking(MASK), MASK, gamma=0)
+
+
+@pytest.mark.parametrize("factor", [0, -2, 1.5, True])
+def test_a_factor_that_is_none(factor):
+    with pytest.raises(ValueError, match="factor="):
+        BoxDownsampling(factor)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_a_blur_that_is_none(sigma):
+    with pytest.raises(ValueError, match="sigma="):
+        GaussianBlur(sigma)
+
+
+def test_measurements_and_steps_that_do_not_fit():
+    run, operator = (lambda info: Result(info.x)), Masking(torch.ones(2))
+    for steps in (-3, 2.5):
+        with pytest.raises(ValueError, match="steps="):
+            DataConsistency(run, operator, torch.zeros(3, 2), steps=steps)
+    with pytest.raises(ValueError, match="y has 1 rows, but the batch 3"):
+        DataConsistency(run, operator, torch.zeros(1, 2))(step_info(torch.zeros(3, 2)))

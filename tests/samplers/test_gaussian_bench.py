@@ -5,6 +5,7 @@ density is a third, so a wrong scale convention, guidance applied twice or noise
 drawn at random: every sampler is linear in its start and its noise here, so the weights of both give the exact variance.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from genkit.guidance import APG, CFG, Interval, NoGuidance, Scheduled
+from genkit.guidance import APG, CFG, Interval, NoGuidance, Scheduled, parse
+from genkit.guidance.cfgpp import CFGPP
+from genkit.guidance.predictor_corrector import PredictorCorrector
 from genkit.noise import VE
 from genkit.samplers import SAMPLERS
 from tests.gaussians import Gaussians, geometric, noise_free, solve
@@ -41,7 +44,8 @@ def variance(guidance, sampler, stochastic=False):
         return out
 
     conditions = {"cond": torch.zeros(rows, dtype=torch.long), "uncond": torch.ones(rows, dtype=torch.long)}
-    model = Gaussians([0, 0], [VC, VU], path)
+    main, weak = Gaussians([0, 0], [VC, VU], path), Gaussians([0], [VU], path)  # the weak model sees no class
+    model = {"main": main, "weak": weak}
     noise = basis if stochastic else None
     out = solve(model, x, geometric(TOP, BOTTOM, STEPS), sampler, path, guidance, conditions, noise).flatten() / path(BOTTOM)[0]
     return (TOP**2 * out[0] ** 2 + out[1:].square().sum()).item()
@@ -83,6 +87,41 @@ RULES = {
     ),
     "APG without its terms": (APG(2.0, eta=1.0), lambda s: 2.0),
 }
+
+
+# Other ways to the same weight: these run with one sampler of each kind, to keep the bench fast.
+MORE = {
+    "Autoguidance(2.0)": lambda s: 2.0,
+    "Sum(CFG(2.0), CFG(3.0))": lambda s: 4.0,
+    "Sum(CFG(2.0), Interval(CFG(3.0), 0.3, 5.0))": lambda s: 4.0 if 0.3 < s <= 5.0 else 2.0,
+    "Piecewise((CFG(4.0), NoGuidance(), CFG(0.5)), (5.0, 0.3))": lambda s: 4.0 if s > 5.0 else 1.0 if s > 0.3 else 0.5,
+    "LinearAG(2.0, every=1, until=1.0)": lambda s: 2.0,
+    "ReuseDelta(2.0, every=1)": lambda s: 2.0,
+}
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("text", MORE)
+def test_other_rules_follow_the_guided_flow(name, text):
+    assert variance(parse(text), noise_free(name)) == pytest.approx(
+        expected(MORE[text]), rel=0.04 if SAMPLERS[name].order == 1 else 0.015
+    )
+
+
+@pytest.mark.parametrize(("strength", "form"), [(0.6, "schedule"), (0.6, "renoise"), (0.2, "renoise")])
+def test_cfgpp(strength, form):
+    """One step: ``x' = D_u + lambda (D_c - D_u) + sigma' / sigma (x - D_u)``, a product over the grid in closed form."""
+    grid, gain = geometric(TOP, BOTTOM, STEPS).tolist(), TOP
+    for here, there in itertools.pairwise(grid):
+        cond, uncond = (v / (v + here**2) for v in (VC, VU))
+        gain *= uncond + strength * (cond - uncond) + there / here * (1 - uncond)
+    assert variance(CFGPP(strength, form), SAMPLERS["euler"]) == pytest.approx(gain**2, rel=1e-6)
+
+
+def test_predictor_corrector():
+    """CFG(2 w - 1) in one correction is CFG(w) on a DDPM sampler (Bradley & Nakkiran 2024)."""
+    found = variance(PredictorCorrector(CFG(3.0)), SAMPLERS["pcg"], stochastic=True)
+    assert found == pytest.approx(expected(lambda s: 2.0, 1.0), rel=0.05)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

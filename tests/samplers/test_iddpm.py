@@ -1,6 +1,7 @@
 """Discrete chains, the learned-range step and the variational bound against improved-diffusion."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from scipy.stats import norm
 
 from genkit.denoiser import Guided
-from genkit.guidance import CFG, NoGuidance
+from genkit.guidance import CFG, COND, NoGuidance, parse
 from genkit.guidance.base import Result
-from genkit.noise import VP
+from genkit.noise import FLOW, VE, VP
 from genkit.random import Fixed, Gaussian
 from genkit.samplers import sample
 from genkit.samplers.diffusion import Step
@@ -68,6 +69,18 @@ def test_respacing(case):
         near(part.betas, g[f"case{case}_{name}_betas"], rtol=1e-9, atol=1e-12)
         assert part.timesteps.tolist() == kept
         assert part.total == total
+
+
+@pytest.mark.parametrize("sections", [[], 50, None, "ddimx", "ddim", "ddim0", "a,b", ""])
+def test_sections_that_are_none(sections):
+    with pytest.raises(ValueError, match="sections="):
+        spaced(1000, sections)
+
+
+@pytest.mark.parametrize("timesteps", [[3, 3], [3, 2], [], [-1, 2], [5, 10]])
+def test_a_chain_over_steps_that_do_not_rise(timesteps):
+    with pytest.raises(ValueError, match="timesteps="):
+        Process(cosine_betas(10)).respaced(timesteps)
 
 
 def test_respacing_by_numbers_and_errors():
@@ -226,6 +239,54 @@ def test_the_learned_fraction_is_that_of_the_conditional_rows():
     out = solve(model, x, process.sigmas, learned_range(model), VP, CFG(2.0), conditions, Gaussian(seeds, 1))
     same = solve(model, x, process.sigmas, "euler_ancestral", VP, CFG(2.0), conditions, Gaussian(seeds, 1))
     torch.testing.assert_close(out, same)  # f = 0 there; the other rows would make it wild
+
+
+@pytest.mark.parametrize("path", [VE, FLOW], ids=lambda p: p.name)
+def test_a_score_moves_the_mean_by_the_variance_on_every_path(path):
+    process = Process(cosine_betas(8))
+    grid, (here, there) = process.sigmas[2:4], process.sigmas[2:4].tolist()
+    vp = torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+
+    def moved(path, score):
+        ratio = path(here)[0] / VP(here)[0]  # x and its gradient change inversely
+        out = sample(lambda info: Result(0 * info.x, score=score / ratio), ratio * vp, grid, "iddpm(fraction=1)", path, quiet)
+        return out / path(there)[0] * VP(there)[0]
+
+    quiet, score = Fixed(torch.zeros(1, 1, 2)), torch.tensor([[0.5, 2.0]], dtype=torch.float64)
+    want = process.betas[len(process) - 3] * score
+    torch.testing.assert_close(moved(VP, score) - moved(VP, 0 * score), want)
+    torch.testing.assert_close(moved(path, score) - moved(path, 0 * score), want)
+
+
+def test_the_learned_fraction_is_that_of_the_step():
+    """Not of what a refinement evaluates later, at another level or over some of the rows."""
+    process = Process(cosine_betas(8))
+    model = LearnedRange(lambda x, t, c: torch.cat([0 * x, (t[:, None] / 4 - 1).to(x).expand_as(x)], 1), process)
+
+    @dataclass(frozen=True)
+    class _Later(NoGuidance):
+        requires = frozenset({"refine"})
+
+        def refine(self, info, result, run, state):
+            s, alpha = VP(2 * info.sigma)[::-1]
+            run.evaluate(info._replace(alpha=alpha, s=s), (COND,))
+            return result, state
+
+    x, conditions = torch.ones(3, 2, dtype=torch.float64), {"cond": torch.zeros(3, dtype=torch.long)}
+    outs = [
+        solve(model, x, process.sigmas, learned_range(model), VP, guidance, conditions, Gaussian([0, 1, 2], 1))
+        for guidance in (NoGuidance(), _Later())
+    ]
+    assert torch.equal(*outs)
+    assert model.recorded is None
+
+
+def test_a_step_without_evaluation_has_no_learned_variance():
+    process = Process(cosine_betas(8))
+    model = LearnedRange(lambda x, t, c: torch.cat([0 * x, 0 * x], 1), process)
+    with pytest.raises(ValueError, match="learned_range: the guidance did not evaluate the network over the whole batch"):
+        solve(model, torch.ones(1, 2).double(), process.sigmas, learned_range(model), VP, parse("ZeroInit(CFG(3.0))"),
+              noise=Gaussian([0], 1))  # fmt: skip
 
 
 # ---- the bound ----

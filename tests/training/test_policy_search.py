@@ -131,6 +131,11 @@ def test_command_writes_what_it_prints(
     assert printed[0].endswith("rows per sample instead of 10")
     assert parse(printed[-1]) == load_policy(file)
     content = json.loads(file.read_text())
+    assert parse(printed[-1]) == load_policy(file, sampler="euler", steps=5)
+    with pytest.raises(ValueError, match=r"sampler='heun': the policy in .* was searched with sampler='euler'"):
+        load_policy(file, sampler="heun")
+    with pytest.raises(ValueError, match=r"steps=7: the policy in .* was searched with steps=5"):
+        load_policy(file, steps=7)
     assert content["about"]["seeds"] == [1_000_000, 1_000_001, 1_000_002, 1_000_003]
     assert content["about"]["fingerprint"] == "f" * 64
     assert (content["search"]["scales"], content["search"]["iterations"], len(content["weights"])) == ([3.0, 6.0], 3, 5)
@@ -155,7 +160,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"scale": 1.0}, {"steps": 0}, {"cost": -1.0}, {"hot": 0.0}, {"iterations": 2.5}, {"lr": float("nan")}]
+    "change",
+    [
+        {"scale": 1.0},
+        {"steps": 0},
+        {"cost": -1.0},
+        {"hot": 0.0},
+        {"iterations": 2.5},
+        {"lr": float("nan")},
+        {"scales": (float("nan"),)},
+        {"scales": (2.0, "3")},
+        {"cold": 1.0, "hot": 0.1},
+    ],
 )
 def test_bad_searches(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))}="):

@@ -27,11 +27,16 @@ class DataConsistency:
         y: (B, ...) the measurement of every sample.
         gamma: weight of the measurement against the estimate, above 0; None trusts the measurement (no noise in it).
         steps: iterations, from 0.
+
+    Raises:
+        ValueError: gamma or steps out of range; when it is used, y of another batch than the images.
     """
 
     def __init__(self, run: Denoise, operator: LinearOperator, y: Tensor, gamma: float | None = None, steps: int = 5) -> None:
         if gamma is not None and not gamma > 0:
             raise ValueError(f"gamma={gamma}: use a positive number, or None for a measurement without noise")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps={steps!r} must be an integer from 0 on")
         self.run, self.operator, self.gamma, self.steps = run, operator, gamma, steps
         self.back = operator.AT(y)
 
@@ -47,6 +52,8 @@ class DataConsistency:
 
     def consistent(self, denoised: Tensor) -> Tensor:
         """The estimate after the conjugate gradients."""
+        if len(self.back) != len(denoised):
+            raise ValueError(f"y has {len(self.back)} rows, but the batch {len(denoised)}: give one measurement per sample")
         back, gamma = _like(self.back, denoised), self.gamma
 
         def normal(x: Tensor) -> Tensor:

@@ -30,6 +30,14 @@ def euler(step: Step, x: Tensor, memory: Any) -> tuple[Tensor, Any]:
     return there.alpha * result.denoised + there.s * direction(x, result, here), None
 
 
+def split(step: Step, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up): the noise the next state keeps, and the fresh noise it gets."""
+    here, there = step.here, step.there
+    # Above sigma' the state would be noisier than its level says; eta large enough makes all of its noise fresh.
+    up = min(there.sigma, eta * there.sigma * math.sqrt(max(0.0, 1 - (there.sigma / here.sigma) ** 2)))
+    return math.sqrt(max(0.0, there.sigma**2 - up**2)), up
+
+
 def ancestral(step: Step, x: Tensor, eta: float) -> Tensor:
     """``x' = alpha' (D + sigma_down n_hat + sigma_up z)`` with ``sigma_down^2 = sigma'^2 - sigma_up^2``.
 
@@ -37,13 +45,10 @@ def ancestral(step: Step, x: Tensor, eta: float) -> Tensor:
 
     At eta = 1 the ancestral (DDPM posterior) step. No noise is drawn where sigma_up is 0.
     """
-    here, there = step.here, step.there
-    # Above sigma' the state would be noisier than its level says; eta large enough makes all of its noise fresh.
-    up = min(there.sigma, eta * there.sigma * math.sqrt(max(0.0, 1 - (there.sigma / here.sigma) ** 2)))
+    here, there, (down, up) = step.here, step.there, split(step, eta)
     if up == 0:
         return euler(step, x, None)[0]
     result = step.denoise(x)
-    down = math.sqrt(max(0.0, there.sigma**2 - up**2))
     out = there.alpha * result.denoised + (there.alpha * down) * direction(x, result, here)
     return out + (there.alpha * up) * step.draw(x)
 

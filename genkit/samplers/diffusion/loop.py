@@ -33,14 +33,21 @@ class Point(NamedTuple):
 class Step:
     """One step from ``here`` to ``there``: what a step function may know and do."""
 
-    __slots__ = ("callback", "denoise_fn", "here", "index", "noise", "path", "there", "total")
+    __slots__ = ("callback", "denoise_fn", "here", "index", "noise", "number", "path", "there", "total")
 
     def __init__(
-        self, denoise: Denoise, path: Path, points: tuple[Point, Point], place: tuple[int, int], noise: Noise | None
+        self,
+        denoise: Denoise,
+        path: Path,
+        points: tuple[Point, Point],
+        place: tuple[int, int],
+        noise: Noise | None,
+        number: int | None = None,
     ) -> None:
         self.denoise_fn, self.path, self.noise = denoise, path, noise
         self.here, self.there = points
         self.index, self.total = place
+        self.number = self.index if number is None else number  # counts all steps, also those that come by an index again
         self.callback: Callback | None = None
 
     def denoise(self, x: Tensor, at: Point | None = None, stage: Stage = "step", keep_score: bool = False) -> Result:
@@ -64,7 +71,7 @@ class Step:
             raise ValueError(
                 "noise=None, but this sampler draws noise: give a noise source such as genkit.random.Gaussian(seeds, stream=1)"
             )
-        return self.noise(like, self.index)
+        return self.noise(like, self.number)
 
 
 def direction(x: Tensor, result: Result, at: Point) -> Tensor:
@@ -84,7 +91,7 @@ class Sampler:
         options: keyword arguments of the step function.
         offers: what it can give a guidance that asks for it: ``"direction"``, ``"corrector"``.
         route: ``route(points, path, options)``, the levels to visit in place of those of the grid. They may rise; the step
-            function then gets a ``here`` below ``there``.
+            function then gets a ``here`` below ``there``. Indices, and their total, remain those of the grid.
     """
 
     name: str
@@ -171,6 +178,11 @@ def points(sigmas: Tensor, path: Path) -> list[Point]:
     return [Point(v, *path(v)) for v in values]
 
 
+def place(here: Point, grid: list[Point]) -> int:
+    """The index of a step from ``here``: that of the last level of the grid at or above it, so that rounds are counted alike."""
+    return max(sum(p.sigma >= here.sigma for p in grid[:-1]) - 1, 0)
+
+
 def start(noise: Tensor, sigmas: Tensor, path: Path, image: Tensor | None = None) -> Tensor:
     """The first state: ``s n`` (plus ``alpha image``, for image-to-image) at the first noise level."""
     alpha, s = path(float(sigmas[0]))
@@ -208,11 +220,11 @@ def sample(
     if isinstance(guidance, Guidance):
         solver.check(guidance)
     grid = points(sigmas, path)
-    if solver.route is not None:
-        grid = solver.route(grid, path, solver.options)
+    way = grid if solver.route is None else solver.route(grid, path, solver.options)
     total, memory, options = len(grid) - 1, None, dict(solver.options)
-    for i in range(total):
-        step = Step(denoise, path, (grid[i], grid[i + 1]), (i, total), noise)
+    for i, (here, there) in enumerate(itertools.pairwise(way)):
+        index = i if way is grid else place(here, grid)
+        step = Step(denoise, path, (here, there), (index, total), noise, i)
         step.callback = callback
         x, memory = solver.step(step, x, memory, **options)
     return x

@@ -37,12 +37,18 @@ def spaced(total: int, sections: str | Sequence[int]) -> list[int]:
         ValueError: a part that is shorter than what is to be kept of it, or no k that keeps N.
     """
     if isinstance(sections, str) and sections.startswith("ddim"):
-        wanted = int(sections.removeprefix("ddim"))
+        number = sections.removeprefix("ddim")
+        wanted = int(number) if number.isdecimal() else 0
         for stride in range(1, total):
             if len(range(0, total, stride)) == wanted:
                 return list(range(0, total, stride))
         raise ValueError(f"sections={sections!r}: no whole stride keeps {wanted} of {total} timesteps")
-    counts = [int(c) for c in sections.split(",")] if isinstance(sections, str) else list(sections)
+    try:
+        counts = [int(c) for c in (sections.split(",") if isinstance(sections, str) else sections)]
+    except (TypeError, ValueError):
+        counts = []
+    if not counts:
+        raise ValueError(f"sections={sections!r}: give one number for each part, such as [50] or '10,15,20', or 'ddim50'")
     size, extra = divmod(total, len(counts))
     kept, start = [], 0
     for i, count in enumerate(counts):
@@ -109,7 +115,14 @@ class Process:
         return torch.cat([levels.flip(0), levels.new_zeros(1)])
 
     def respaced(self, timesteps: Sequence[int]) -> Process:
-        """The chain over some of the timesteps (rising), with ``beta_k = 1 - abar_k / abar_{k-1}``; see :func:`spaced`."""
+        """The chain over some of the timesteps, with ``beta_k = 1 - abar_k / abar_{k-1}``; see :func:`spaced`.
+
+        Raises:
+            ValueError: timesteps is empty, does not rise strictly, or leaves the chain.
+        """
+        bounded = [-1, *timesteps, len(self)]
+        if len(timesteps) == 0 or any(a >= b for a, b in itertools.pairwise(bounded)):
+            raise ValueError(f"timesteps={list(timesteps)[:8]}: give strictly rising steps of the chain's 0 to {len(self) - 1}")
         abar = self.alphas_cumprod[list(timesteps)]
         before = torch.cat([abar.new_ones(1), abar[:-1]])
         return Process(1 - abar / before, self.timesteps[list(timesteps)].tolist(), self.total)

@@ -63,7 +63,8 @@ def restart(
     """Heun that goes ``times`` times from the level nearest ``low`` back to ``high`` (Xu et al. 2023).
 
     Fresh noise, scaled by ``jump_noise``, contracts the error of the steps before; each way down again has ``points`` Karras
-    levels: 2 (points - 1) evaluations. Rises count as steps in what a guidance sees. For several intervals see :func:`restarted`.
+    levels: 2 (points - 1) evaluations. A guidance begins anew after a rise, and sees the indices of the grid's levels again. For
+    several intervals see :func:`restarted`.
     """
     if step.there.sigma > step.here.sigma:
         return rise(step, x, jump_noise), None
