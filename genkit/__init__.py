@@ -10,15 +10,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from genkit.denoiser import EDMDenoiser, Guided
     from genkit.guidance import APG, CFG, Adaptive, Guidance, Interval, NoGuidance, Scheduled, Trace, parse, preset
-    from genkit.pipelines import ClassPipeline, DiffusersPipeline, Output, load, to_diffusers
+    from genkit.pipelines import ClassPipeline, DiffusersPipeline, Output, load
     from genkit.pipelines.attach import attach
+    from genkit.pipelines.to_diffusers import to_diffusers
     from genkit.samplers import SAMPLERS, Sampler, sample
 
 _HOME = {
     "genkit.denoiser": ("EDMDenoiser", "Guided"),
     "genkit.guidance": ("APG", "CFG", "Adaptive", "Guidance", "Interval", "NoGuidance", "Scheduled", "Trace", "parse", "preset"),
-    "genkit.pipelines": ("ClassPipeline", "DiffusersPipeline", "Output", "load", "to_diffusers"),
+    "genkit.pipelines": ("ClassPipeline", "DiffusersPipeline", "Output", "load"),
     "genkit.pipelines.attach": ("attach",),
+    "genkit.pipelines.to_diffusers": ("to_diffusers",),
     "genkit.samplers": ("SAMPLERS", "Sampler", "sample"),
 }
 _MODULES = ("denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "training")

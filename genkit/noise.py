@@ -60,11 +60,11 @@ def to_x0(prediction: Tensor, x: Tensor, alpha: float, s: float, space: Space) -
     if space == "eps":
         if alpha == 0:
             raise ValueError("space='eps' cannot be converted to x0 at alpha=0 (sigma=inf); use 'v' or 'flow', or a finite sigma")
-        return (x - s * prediction) / alpha
+        return torch.sub(x, prediction, alpha=s) / alpha  # sub with alpha is two operations in one
     if space == "v":
-        return (alpha * x - s * prediction) / (alpha * alpha + s * s)
+        return torch.sub(alpha * x, prediction, alpha=s) / (alpha * alpha + s * s)
     if space == "flow":
-        return (x - s * prediction) / (alpha + s)
+        return torch.sub(x, prediction, alpha=s) / (alpha + s)
     raise ValueError(f"space={space!r}: use one of {', '.join(SPACES)}")
 
 
@@ -81,10 +81,10 @@ def from_x0(denoised: Tensor, x: Tensor, alpha: float, s: float, space: Space) -
     if s == 0:
         raise ValueError(f"s=0: a clean image has no prediction in space={space!r}; stay in x0 there")
     if space == "eps":
-        return (x - alpha * denoised) / s
+        return torch.sub(x, denoised, alpha=alpha) / s
     if space == "v":
-        return (alpha * x - (alpha * alpha + s * s) * denoised) / s
-    return (x - (alpha + s) * denoised) / s
+        return torch.sub(alpha * x, denoised, alpha=alpha * alpha + s * s) / s
+    return torch.sub(x, denoised, alpha=alpha + s) / s
 
 
 # ---- grids: decreasing noise levels, (steps + 1,) float64, the last one 0 ----

@@ -44,5 +44,7 @@ def _unscaled(config: Any, latents: Tensor) -> Tensor:
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         mean, std = (torch.tensor(value).to(latents).reshape(1, -1, 1, 1) for value in (mean, std))
-        return latents * std / config.scaling_factor + mean
-    return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        shifted: Tensor = latents * std / config.scaling_factor + mean
+        return shifted
+    plain: Tensor = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    return plain

@@ -12,25 +12,13 @@ from torch import Tensor, nn
 from genkit import noise
 from genkit.denoiser import Ledger
 from genkit.guidance.base import COND, Branch, Guidance, StepInfo
-from genkit.guidance.cfg import CFG
-from genkit.guidance.interval import Interval
 from genkit.guidance.none import NoGuidance
-from genkit.guidance.piecewise import Piecewise
-from genkit.guidance.scheduled import Scheduled
-from genkit.guidance.sum import Sum
 from genkit.pipelines.attach.course import Course
 from genkit.pipelines.diffusion import as_guidance
+from genkit.pipelines.raw import in_any_space
 from genkit.samplers.diffusion.scheduler_levels import state_of
 
 SLOTS = {"cond": 0, "uncond": 1, "negative": 1}  # places in the (cond, uncond) pairs that a pipeline hands to its guider
-ANY_SPACE = (
-    CFG,
-    Interval,
-    NoGuidance,
-    Piecewise,
-    Scheduled,
-    Sum,
-)  # need no clean-image estimate, no image, no level's coordinates
 
 
 def to_diffusers(guidance: Guidance | str | float, scheduler: Any = None) -> GenkitGuider:
@@ -65,7 +53,7 @@ class GenkitGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         self.guidance = as_guidance(guidance)
         self.register_to_config(guidance=repr(self.guidance), enabled=enabled)
         self.scheduler = scheduler
-        self.raw = _in_any_space(self.guidance)
+        self.raw = in_any_space(self.guidance)
         if self.guidance.needs:
             needs = ", ".join(sorted(self.guidance.needs))
             raise ValueError(f"{self.guidance!r} needs {needs}, which a guider does not have; use genkit's DiffusersPipeline")
@@ -208,10 +196,6 @@ class GenkitGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
 
 def _pair(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _in_any_space(guidance: Guidance) -> bool:
-    return isinstance(guidance, ANY_SPACE) and all(_in_any_space(part) for part in guidance.parts)
 
 
 def _no_scheduler(guidance: Guidance, what: str) -> str:

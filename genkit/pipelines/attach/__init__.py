@@ -14,6 +14,7 @@ from genkit.guidance import Guidance, Trace
 from genkit.pipelines.attach.adapters import Adapter, find
 from genkit.pipelines.attach.session import Session
 from genkit.pipelines.diffusion import as_guidance
+from genkit.random import check_seeds
 
 REASONS = {
     "direction": "it names another direction of the step, which the pipeline's scheduler does not know (CFG++ has a form "
@@ -57,8 +58,8 @@ def attach(
     Args:
         pipe: a diffusers pipeline of a supported family; its components and their hooks stay as they are.
         guidance: object, expression, a number w (short for CFG(w)), or None for none.
-        negative: the negative prompt of calls that do not give one themselves.
-        seeds: one integer per image of a call, for guidances that draw random numbers.
+        negative: the negative prompt of calls that give neither negative_prompt nor negative_prompt_embeds.
+        seeds: one integer per image of a call, for guidances that draw random numbers; the same for every call.
         models: further models a guidance asks for by name, for example ``{"weak": unet}``; a network of the pipeline's own class
             is called with the pipeline's arguments.
         trace: ``"none"``, ``"basic"`` or ``"full"``.
@@ -68,7 +69,7 @@ def attach(
             cannot offer, arguments of the pipeline that would change its guidance in another way, or no unconditional branch.
     """
     adapter, rule = find(pipe), as_guidance(guidance)
-    _check(pipe, rule, seeds)
+    _check(pipe, rule, seeds, trace)
     cls, run = type(pipe), Run()
     call = inspect.signature(cls.__call__)
 
@@ -88,8 +89,14 @@ def attach(
             run.trace.extend(session.guided.trace)
         return out
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        original: Any = cls
+        made = original.__reduce_ex__(self, protocol)
+        return (_new, (cls,), *made[2:])  # a copy is not attached
+
     # Python looks __call__ up in the class, so the pipeline changes its class for a while.
-    body = {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__, "_genkit_attached": True}
+    body: dict[str, Any] = {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__, "_genkit_attached": True}
+    body["__reduce_ex__"] = __reduce_ex__
     pipe.__class__ = type(cls.__name__, (cls,), body)
     try:
         yield run
@@ -97,7 +104,15 @@ def attach(
         pipe.__class__ = cls
 
 
-def _check(pipe: Any, guidance: Guidance, seeds: Sequence[int] | None) -> None:
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
+def _check(pipe: Any, guidance: Guidance, seeds: Sequence[int] | None, trace: TraceLevel) -> None:
+    if trace not in ("none", "basic", "full"):
+        raise ValueError(f"trace={trace!r}: use 'none', 'basic' or 'full'")
+    if seeds is not None:
+        check_seeds(seeds)
     if getattr(pipe, "_genkit_attached", False):
         raise ValueError("pipe is attached already: leave that attach first, or combine the guidances into one expression")
     for need, reason in REASONS.items():
@@ -115,6 +130,9 @@ def _give(bound: inspect.BoundArguments, call: inspect.Signature, negative: str 
 
 
 def _refuse(adapter: Adapter, arguments: Mapping[str, Any]) -> None:
+    low = arguments.get("guidance_scale_2")
+    if low is not None and low != arguments["guidance_scale"]:
+        raise ValueError(f"guidance_scale_2={low!r} has no effect under attach: leave it out and use Piecewise")
     for name, acts, instead in adapter.refused:
         if name in arguments and acts(arguments[name]):
             raise ValueError(

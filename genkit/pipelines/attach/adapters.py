@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 Arguments = Mapping[str, Any]
@@ -96,6 +97,12 @@ class Adapter:
     normed: Callable[[Arguments], bool] = lambda arguments: False
     refused: tuple[tuple[str, Callable[[Any], bool], str], ...] = ()
     eval_only: bool = False
+
+    @cached_property
+    def paths(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """``batched``, with its dotted names taken apart."""
+        parts = [(name, *name.split(".")) for name in self.batched]
+        return tuple((name, first, tuple(rest)) for name, first, *rest in parts)
 
 
 RESCALE = ("guidance_rescale", lambda value: (value or 0) > 0, "Rescaled(guidance, phi)")

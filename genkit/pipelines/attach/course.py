@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from genkit.guidance.base import Stage, StepInfo
 from genkit.noise import FLOW, VP, Path
-from genkit.samplers.diffusion.scheduler_levels import levels, prediction_space, state_of
+from genkit.samplers.diffusion.scheduler_levels import prediction_space, state_of
 
 
 class Place(NamedTuple):
@@ -47,8 +49,12 @@ class Course:
     def __init__(self, scheduler: Any, clock: tuple[float, float], time: Any, evaluations: int | None) -> None:
         self.scheduler, self.clock = scheduler, clock
         self.space = prediction_space(scheduler)
-        self.path: Path = FLOW if state_of(scheduler) == "flow" else VP
-        self.timesteps = [float(t) for t in scheduler.timesteps]
+        self.state = state_of(scheduler)
+        self.path: Path = FLOW if self.state == "flow" else VP
+        self.timesteps = [float(t) for t in scheduler.timesteps.tolist()]
+        self.numbers = {t: i for i, t in reversed(list(enumerate(self.timesteps)))}  # the first of equal ones
+        self.table: list[float] = (scheduler.alphas_cumprod if self.state == "discrete" else scheduler.sigmas).tolist()
+        self.indexed = hasattr(scheduler, "step_index")
         self.counts = hasattr(scheduler, "prk_timesteps")  # PNDM, which counts its evaluations and not its list
         self.first = self._position(time)
         left = len(self.timesteps) - self.first
@@ -68,34 +74,40 @@ class Course:
         config = self.scheduler.config
         if self.path is FLOW:
             return float(config.num_train_timesteps * (1.0 if math.isinf(sigma) else sigma / (1 + sigma)))
-        table = [math.log(max(float(1 - a), 1e-12) / max(float(a), 1e-12)) / 2 for a in self.scheduler.alphas_cumprod]
+        table = self._training
         wanted = min(max(math.log(max(sigma, 1e-12)), table[0]), table[-1])
-        above = next(i for i, value in enumerate(table) if value >= wanted)
+        above = bisect.bisect_left(table, wanted)
         if above == 0:
             return 0.0
         return above - (table[above] - wanted) / (table[above] - table[above - 1])
+
+    @cached_property
+    def _training(self) -> list[float]:
+        """ln sigma of every training timestep, rising."""
+        alphas = self.scheduler.alphas_cumprod
+        pairs = zip((1 - alphas).tolist(), alphas.tolist(), strict=True)
+        return [math.log(max(rest, 1e-12) / max(alpha, 1e-12)) / 2 for rest, alpha in pairs]
 
     def _position(self, time: Any) -> int:
         """Index into ``scheduler.timesteps`` of the evaluation that comes next."""
         if self.counts and hasattr(self, "first"):
             return self.first + int(self.scheduler.counter)
-        if not self.counts and hasattr(self.scheduler, "step_index"):
+        if self.indexed and not self.counts:
             known = self.scheduler.begin_index if self.scheduler.step_index is None else self.scheduler.step_index
             if known is not None:
                 return int(known)
-        first = float(time.flatten()[0] if isinstance(time, Tensor) else time)
+        first = float(time.max() if isinstance(time, Tensor) else time)
         timestep = (first - self.clock[1]) / self.clock[0]
-        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
+        known = self.numbers.get(timestep)
+        return known if known is not None else min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
 
     def _level(self, i: int) -> tuple[float, float]:
-        state = state_of(self.scheduler)
-        if state == "discrete":
-            if i < len(self.timesteps):
-                return levels(self.scheduler, self.scheduler.timesteps[i])
-            abar = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        if self.state == "discrete":
+            end = i == len(self.timesteps)
+            abar = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0)) if end else self.table[int(self.timesteps[i])]
             return math.sqrt(abar), math.sqrt(1 - abar)
-        sigma = float(self.scheduler.sigmas[i])
-        return (1 - sigma, sigma) if state == "flow" else VP(sigma)
+        sigma = self.table[i]
+        return (1 - sigma, sigma) if self.state == "flow" else VP(sigma)
 
     def _stages(self, evaluations: int) -> Iterator[tuple[int, Stage]]:
         """(step, stage) of each evaluation."""

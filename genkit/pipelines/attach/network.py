@@ -54,8 +54,10 @@ class Call:
         if channels < whole.shape[adapter.axis]:
             self.x = whole.narrow(adapter.axis, 0, channels)
             self.batched[EXTRA] = whole.narrow(adapter.axis, channels, whole.shape[adapter.axis] - channels)
-        for name in adapter.batched:
-            value = arguments.get(name) if "." not in name else _dig(arguments, name)
+        for name, first, rest in adapter.paths:
+            value = arguments.get(first)
+            for key in rest:
+                value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, Tensor):
                 self.batched[name] = value
             elif value is not None and name in adapter.lists:
@@ -96,11 +98,18 @@ class Call:
             if name in condition:
                 lengths = condition[f"{name}.length"].tolist()
                 arguments[name] = [row[:n] for row, n in zip(condition[name], lengths, strict=True)]
-        out = forward(**arguments)
-        raw = out[0] if isinstance(out, tuple) else out.sample
-        raw = torch.stack(list(raw)) if adapter.lists else raw
-        channels = self.x.shape[adapter.axis]
-        return raw if raw.shape[adapter.axis] == channels else raw.narrow(adapter.axis, 0, channels)  # without a learned sigma
+        return self._prediction(forward(**arguments))
+
+    def as_it_came(self) -> Tensor:
+        """Raw prediction (rows, C, ...) of the call itself."""
+        return self._prediction(self.forward(**self.arguments))
+
+    def _prediction(self, out: Any) -> Tensor:
+        raw: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        raw = torch.stack(list(raw)) if self.adapter.lists else raw
+        axis = self.adapter.axis
+        channels = self.x.shape[axis]
+        return raw if raw.shape[axis] == channels else raw.narrow(axis, 0, channels)  # without a learned sigma
 
     def residuals(self, x: Tensor, condition: Mapping[str, Tensor], time: float | None) -> dict[str, Any]:
         """What this call of a ControlNet would have given to the network, for the rows of ``x``."""
@@ -116,10 +125,13 @@ class Network:
     """The denoiser ``network(x, sigma, condition) -> D`` over what the pipeline called last.
 
     A condition is a mapping of the call's batched arguments, by dotted name. ``calls`` counts the forward passes made.
+
+    Args:
+        raw: predictions stay in the space, and with the sign, of the network's output.
     """
 
-    def __init__(self, course: Course, adapter: Adapter) -> None:
-        self.course, self.adapter, self.calls = course, adapter, 0
+    def __init__(self, course: Course, adapter: Adapter, raw: bool = False) -> None:
+        self.course, self.adapter, self.raw, self.calls = course, adapter, raw, 0
         self.asked: float | None = None
 
     def at(self, place: Place, captured: tuple[Call, ...]) -> None:
@@ -136,7 +148,20 @@ class Network:
         level, self.asked = float(sigma[0]) if self.asked is None else self.asked, None
         alpha, s = (self.place.alpha, self.place.s) if level == self.level else self.course.path(level)
         raw = self._rows(x, condition, None if level == self.level else self.course.time(level))
+        return self._converted(raw, x, alpha, s)
+
+    def both(self, x: Tensor) -> dict[str, Tensor]:
+        """The conditional and the unconditional prediction at the ``x`` of the one call itself, which is made as it came."""
+        self.calls += 1
+        raw, batch = self.captured[0].as_it_came(), len(x)
+        first, second = self.adapter.order.split()
+        halves = {first: raw[:batch], second: raw[batch:]}
+        return {name: self._converted(half, x, self.place.alpha, self.place.s) for name, half in halves.items()}
+
+    def _converted(self, raw: Tensor, x: Tensor, alpha: float, s: float) -> Tensor:
         raw = raw.to(x.dtype)
+        if self.raw:
+            return raw
         return noise.to_x0(raw if self.adapter.sign == 1 else -raw, x, alpha, s, self.course.space)
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
@@ -235,19 +260,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module._modules.get("_orig_mod") or module
 
 
-def _dig(arguments: Mapping[str, Any], path: str) -> Any:
-    value: Any = arguments
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
 def _time(own: Any, rows: int, time: float | None) -> Any:
     """The call's time for another number of rows; at another level in the same form."""
     if not isinstance(own, Tensor):
         return own if time is None else time
     own = own[:1].expand(rows, *own.shape[1:]) if own.ndim else own
-    return own if time is None else torch.full_like(own, time)
+    if time is None:
+        return own
+    between = not own.is_floating_point() and time != int(time)
+    return torch.full_like(own, time, dtype=torch.float32 if between else None)
 
 
 def _padded(rows: list[Tensor]) -> tuple[Tensor, list[int]]:

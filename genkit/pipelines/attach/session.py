@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from genkit import noise
 from genkit.denoiser import Guided, MissingCondition, TraceLevel
-from genkit.guidance.base import Guidance
+from genkit.guidance.base import COND, UNCOND, Branch, Guidance, StepInfo
 from genkit.guidance.norm_matched import NormMatched
 from genkit.pipelines.attach.adapters import Adapter, Arguments
 from genkit.pipelines.attach.course import Course
 from genkit.pipelines.attach.network import Call, Network, Other, conditions, named, unwrapped
+from genkit.pipelines.raw import in_any_space
 
 
 class Deferred:
@@ -24,6 +25,22 @@ class Deferred:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+
+
+class Attached(Guided):
+    """A run whose network can be called as the pipeline called it, which saves taking the call apart and packing it again."""
+
+    #: The point at which the calls may be made as they came, if they hold both branches.
+    x: Tensor | None = None
+
+    def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
+        if self.x is None or info.x is not self.x or branches != (COND, UNCOND):
+            return super().evaluate(info, branches)
+        self._asked += branches
+        self.ledger.count(2)
+        self.ledger.calls += 1
+        made: dict[str, Tensor] = self.models["main"].both(info.x)
+        return made
 
 
 class Session:
@@ -48,7 +65,7 @@ class Session:
         self.pipe, self.adapter, self.arguments = pipe, adapter, arguments
         self.guidance = guidance
         self.seeds, self.models, self.trace = seeds, models, trace
-        self.guided: Guided | None = None
+        self.guided: Attached | None = None
         self.held: tuple[Call, Tensor] | None = None  # the first of two calls, and what it was answered
         self.seen: list[tuple[Tensor, int]] = []
         self.evaluating = False
@@ -65,14 +82,25 @@ class Session:
                 if module is not None:
                     self._check(name, module)
                     stack.enter_context(_replaced(module, functools.partial(self._denoise, module)))
-            if self.adapter.control and not self.arguments.get("guess_mode"):
-                control = getattr(self.pipe, self.adapter.control)
+            control = getattr(self.pipe, self.adapter.control) if self.adapter.control else None
+            if control is not None and not self.arguments.get("guess_mode") and not _pooled(control):
                 stack.enter_context(_replaced(control, functools.partial(self._defer, control)))
             yield
         if self.held is not None:
             raise RuntimeError("the pipeline ended between the two calls of a step: genkit.attach does not know this pipeline")
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        if self.guided is None and timesteps is not None and len(timesteps):
+            raise RuntimeError(
+                f"the pipeline called none of {', '.join(self.adapter.denoisers)} through its forward, so nothing was guided: "
+                f"genkit.attach does not know this pipeline"
+            )
 
     def _check(self, name: str, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"pipe.{name} is a {type(module).__name__}, no nn.Module, so its calls cannot be taken over: put the network "
+                f"of diffusers there"
+            )
         if self.adapter.eval_only and module.training:
             raise ValueError(f"pipe.{name} is in training mode, where it drops labels at random: call pipe.{name}.eval()")
         if getattr(unwrapped(module), "is_cache_enabled", False):
@@ -81,10 +109,16 @@ class Session:
                 f"call pipe.{name}.disable_cache()"
             )
 
+    def _denoiser(self) -> nn.Module:
+        """The first of the pipeline's networks that it has."""
+        networks = (getattr(self.pipe, name, None) for name in self.adapter.denoisers)
+        found: nn.Module = next(network for network in networks if network is not None)
+        return found
+
     # ---- the calls of the pipeline ----
 
     def _defer(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        channels = self.adapter.channels(unwrapped(getattr(self.pipe, self.adapter.denoisers[0])).config)
+        channels = self.adapter.channels(unwrapped(self._denoiser()).config)
         call = Call(self.adapter, module, forward, named(module, args, kwargs), channels)
         return Deferred(call), Deferred(call)
 
@@ -112,6 +146,8 @@ class Session:
         self._condition(calls)
         x = self._half(calls[0].x)
         info = place.info(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        # Not two calls: a pipeline may have changed the first one's containers by the time of the second.
+        self.guided.x = info.x if self.doubled and control is None and len(calls) == 1 else None
         self.evaluating = True
         try:
             result = self.guided(info).absorbed(info)
@@ -119,8 +155,11 @@ class Session:
             raise ValueError(self._missing(str(error))) from error
         finally:
             self.evaluating = False
-        raw = noise.from_x0(result.denoised.detach(), info.x, info.alpha, info.s, self.course.space)
-        raw = (raw if self.adapter.sign == 1 else -raw).to(x.dtype)
+        raw = result.denoised.detach()
+        if not self.network.raw:
+            raw = noise.from_x0(raw, info.x, info.alpha, info.s, self.course.space)
+            raw = raw if self.adapter.sign == 1 else -raw
+        raw = raw.to(x.dtype)
         if self.normed:  # the pipeline divides by the norm of each token
             raw = torch.where(raw.abs().amax(-1, keepdim=True) > 0, raw, _tiny(raw.dtype))
         if len(calls) == 2:
@@ -138,20 +177,25 @@ class Session:
         self.course = Course(self.pipe.scheduler, adapter.clock(self.pipe), time, evaluations)
         self.rows = len(call.x)
         self.batch = self.rows // 2 if self.doubled and adapter.order != "two calls" else self.rows
-        self.network = Network(self.course, adapter)
         self.normed = self.doubled and adapter.normed(self.arguments)
         rule = NormMatched(self.guidance, axis=-1) if self.normed else self.guidance
-        kind = type(unwrapped(getattr(self.pipe, adapter.denoisers[0])))
+        self.network = Network(self.course, adapter, raw=in_any_space(rule) and self.trace != "full")
+        kind = type(unwrapped(call.module))
         others = {k: Other(self.network, m) if isinstance(m, kind) else m for k, m in self.models.items()}
-        self.guided = Guided({"main": self.network, **others}, rule, {}, self.batch, self.trace, self.seeds)
+        self.guided = Attached({"main": self.network, **others}, rule, {}, self.batch, self.trace, self.seeds)
         self.scales = self._scales()
 
     def _watch(self, call: Call) -> None:
         """Refuse what a callback of the pipeline changed half-way."""
-        if call.x.shape[0] != self.rows or self._scales() != self.scales:
+        if call.x.shape[0] != self.rows and self._scales() == self.scales:
+            raise ValueError(
+                f"the network was called with {len(call.x)} rows after {self.rows}: a call from outside the pipeline's loop, as "
+                f"by a callback, is not supported inside attach, nor is a callback that changes the batch"
+            )
+        if self._scales() != self.scales:
             raise ValueError(
                 f"a callback changed the guidance of the pipeline during the run (guidance scale {self.scales[0]} to "
-                f"{self._scales()[0]}, rows {self.rows} to {len(call.x)}); leave it out, attach decides where guidance acts: "
+                f"{self._scales()[0]}); leave it out, attach decides where guidance acts: "
                 f"write for example Interval({self.guidance!r}, 0, 0.5, 'fraction')"
             )
         if call.arguments.get("skip_layers") is not None:
@@ -162,7 +206,7 @@ class Session:
         return own.get("_guidance_scale"), own.get("_guidance_rescale")
 
     def _half(self, rows: Tensor) -> Tensor:
-        if len(rows) == self.batch:
+        if rows.shape[0] == self.batch:
             return rows
         return rows[: self.batch] if self.adapter.order.startswith("cond") else rows[self.batch :]
 
@@ -207,13 +251,21 @@ class Session:
         )
         return (
             f"{self.guidance!r} needs an unconditional branch, and {name} was called with its own guidance off, so there is no "
-            f"unconditional branch: pass {self.adapter.switch}; any value above 1 will do, its size has no effect{embedded}"
+            "unconditional branch (a distilled model, as Turbo, Lightning or LCM-LoRA, has no usable one): "
+            f"pass {self.adapter.switch}; any value above 1 will do, its size has no effect{embedded}"
         )
 
 
 def _tiny(dtype: torch.dtype) -> float:
     """Too small to matter, and its square still a number."""
     return 1e-4 if dtype == torch.float16 else 1e-18
+
+
+def _pooled(control: nn.Module) -> bool:
+    """Whether a ControlNet pools its residuals, for which the pipeline calls it in guess mode."""
+    nets = getattr(control, "nets", None)
+    first = nets[0] if isinstance(nets, nn.ModuleList) else control
+    return bool(getattr(unwrapped(first).config, "global_pool_conditions", False))
 
 
 @contextmanager
