@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -35,12 +36,15 @@ def read_safetensors(path: str | os.PathLike[str], *, name: str = "path") -> tup
         ) from None
 
 
-def read_weights(path: str | os.PathLike[str], *, parts: Sequence[str] = (), prefix: str = "") -> dict[str, Tensor]:
+def read_weights(
+    path: str | os.PathLike[str], *, parts: Sequence[str] = (), prefix: str = "", lazy: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint: ``.safetensors``, or anything else through ``torch.load(weights_only=True)``.
 
     Args:
         parts: keys to look for before :data:`WRAPPERS` on each level of a nested file, such as ``"var_wo_ddp"``.
         prefix: if any key begins with it, only those are kept, without it.
+        lazy: values are read from the disk when they are used, where the format allows it: to look at names and shapes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,14 +55,14 @@ def read_weights(path: str | os.PathLike[str], *, parts: Sequence[str] = (), pre
     if Path(path).suffix == ".safetensors":
         weights = read_safetensors(path)[0]
     else:
-        weights = unwrap(_read_pickle(path), parts, str(path))
+        weights = unwrap(_read_pickle(path, lazy), parts, str(path))
     under = {key.removeprefix(prefix): value for key, value in weights.items() if prefix and key.startswith(prefix)}
     return under or weights
 
 
-def _read_pickle(path: str | os.PathLike[str]) -> object:
+def _read_pickle(path: str | os.PathLike[str], lazy: bool) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy and zipfile.is_zipfile(path))
     except Exception as error:  # bytes that are no pickle can end in any error of the unpickler
         # Of torch's long message, only what the file asks to run: the rest tells how to run it all the same.
         if asks := CODE.search(str(error)):

@@ -5,17 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from genkit.pipelines.autoregressive import FlowScalePipeline, ScalePipeline, TokenPipeline
 from genkit.pipelines.diffusion import ClassPipeline
 from genkit.pipelines.loading import load
 from genkit.pipelines.output import Output
 
 if TYPE_CHECKING:
     from genkit.pipelines.diffusers_pipeline import DiffusersPipeline
-    from genkit.pipelines.to_diffusers import to_diffusers
 
-_HOME = {"DiffusersPipeline": "diffusers_pipeline", "to_diffusers": "to_diffusers"}
+_HOME = {"DiffusersPipeline": "diffusers_pipeline"}
 
-__all__ = ["ClassPipeline", "DiffusersPipeline", "Output", "load", "to_diffusers"]
+__all__ = [
+    "ClassPipeline",
+    "DiffusersPipeline",
+    "FlowScalePipeline",
+    "Output",
+    "ScalePipeline",
+    "TokenPipeline",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

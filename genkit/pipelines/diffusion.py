@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +12,11 @@ from tqdm import tqdm
 
 from genkit import noise
 from genkit.denoiser import Denoiser, Guided, TraceLevel
-from genkit.guidance import CFG, Guidance, NoGuidance, Trace, parse
-from genkit.guidance.base import Result, StepInfo, is_number
+from genkit.guidance import Guidance, Trace
+from genkit.guidance.base import Result, StepInfo
 from genkit.pipelines.output import Output
-from genkit.random import Gaussian, check_seeds
+from genkit.pipelines.request import as_guidance, batches, class_index, paired
+from genkit.random import Gaussian
 from genkit.samplers.diffusion import Sampler, find_sampler, sample, start
 from genkit.samplers.diffusion.loop import Callback, points
 
@@ -91,14 +90,11 @@ class ClassPipeline:
         Raises:
             ValueError: an unknown class, seeds that do not match the classes, an unknown sampler, guidance or grid.
         """
-        labels, seed_list = self._pair(classes, seeds)
+        labels, seed_list = paired(classes, seeds, self.class_index)
         rule, solver = as_guidance(guidance), find_sampler(sampler)
         solver.check(rule)
         sigmas = self._grid(solver, steps, grid)
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size={batch_size!r}: use a positive integer, or None for all images at once")
-        size = batch_size or len(labels)
-        chunks = [(labels[i : i + size], seed_list[i : i + size]) for i in range(0, len(labels), size)]
+        chunks = [(labels[part], seed_list[part]) for part in batches(len(labels), batch_size)]
         latents, nfe, calls, table = [], list[int](), 0, Trace()
         with tqdm(total=len(chunks) * (len(sigmas) - 1), disable=not progress, unit="step", leave=False) as bar:
 
@@ -144,50 +140,9 @@ class ClassPipeline:
             raise ValueError(f"grid={grid!r} is unknown; use one of {', '.join(noise.GRIDS)}, or falling noise levels")
         return noise.GRIDS[name](int(steps), self.sigma_min, self.sigma_max)
 
-    def _pair(self, classes: Any, seeds: Any) -> tuple[list[int], list[int]]:
-        wanted, one_class = _values(classes)
-        labels = [self.class_index(c) for c in wanted]
-        if not labels:
-            raise ValueError("classes is empty: give at least one class")
-        given, one_seed = (range(len(labels)), False) if seeds is None else _values(seeds)
-        numbers = check_seeds(given)
-        if one_class:
-            labels = labels * len(numbers)
-        elif one_seed:
-            numbers = numbers * len(labels)
-        if len(labels) != len(numbers):
-            raise ValueError(f"seeds has {len(numbers)} entries but classes has {len(labels)}: give one seed per class")
-        return labels, numbers
-
     def class_index(self, value: int | str) -> int:
         """Index of a class given by index or name. Raises ValueError naming what would work."""
-        if isinstance(value, str):
-            if value in self.class_names:
-                return self.class_names.index(value)
-            near = difflib.get_close_matches(value.lower(), self.class_names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(self.class_names)}"
-            raise ValueError(f"classes contains {value!r}, which {self.name} does not know; {hint}")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.num_classes:
-            names = ", ".join(self.class_names)
-            raise ValueError(f"classes contains {value!r}: use an index from 0 to {self.num_classes - 1} or a name ({names})")
-        return value
+        return class_index(value, self.num_classes, self.class_names, self.name)
 
 
-def _values(given: Any) -> tuple[list[Any], bool]:
-    """One value or many (list, range, tensor, array) as a list of plain Python values, and whether it was one."""
-    plain = given.tolist() if hasattr(given, "tolist") else given
-    one = isinstance(plain, str) or not isinstance(plain, Sequence)
-    return [v.item() if hasattr(v, "item") else v for v in ([plain] if one else plain)], one
-
-
-def as_guidance(value: Guidance | str | float | None) -> Guidance:
-    """A guidance from an object, an expression, a number (CFG of that scale) or None. Raises ValueError for anything else."""
-    if value is None:
-        return NoGuidance()
-    if isinstance(value, Guidance):
-        return value
-    if isinstance(value, str):
-        return parse(value)
-    if is_number(value):
-        return CFG(float(value))
-    raise ValueError(f"guidance={value!r} must be a guidance object, an expression such as 'CFG(3.0)', a number, or None")
+__all__ = ["ClassPipeline", "as_guidance"]

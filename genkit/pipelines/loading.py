@@ -20,6 +20,8 @@ from genkit.denoiser import Denoiser, EDMDenoiser
 from genkit.models.minority import load_minority
 from genkit.models.unet import UNet, UNetConfig
 from genkit.pipelines.diffusion import ClassPipeline
+from genkit.pipelines.hub import fetch, is_hub
+from genkit.pipelines.loading_ar import load_autoregressive
 from genkit.weights import fit, read_safetensors
 
 #: Built-in models: file of the main network and, where they exist, of those that go with it, inside ``genkit/assets``.
@@ -42,21 +44,46 @@ FORMAT = "genkit-edm-unet-1"
 @overload
 def load(model: Literal["builtin/cifar10"], *, device: str | torch.device = "cpu") -> ClassPipeline: ...
 @overload
-def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Any: ...
-def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Any:
-    """A pipeline for a built-in model (``"builtin/cifar10"``) or for a checkpoint file written by :func:`save_checkpoint`.
+def load(
+    model: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    text_encoder: Any = None,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Any: ...
+def load(
+    model: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    text_encoder: Any = None,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """A pipeline for a built-in model (``"builtin/cifar10"``), a checkpoint, a folder, or a name on the Hugging Face hub.
 
-    For a folder of diffusers, one with a model_index.json, it is a ``DiffusersPipeline``.
+    A checkpoint is one that genkit wrote, or an official one of VAR, VAR-CLIP, LlamaGen, Open-MAGVIT2 or FlowAR, recognised by
+    its keys; ``pipe.found`` says as what. For a folder of diffusers, one with a model_index.json, it is a ``DiffusersPipeline``.
+
+    Args:
+        model: the name or path. On the hub: ``"owner/name"``, ``"hf:owner/name"``, or ``"hf:owner/name/file"``.
+        tokenizer: the image tokenizer's checkpoint, for an autoregressive model whose file or folder does not hold it.
+        text_encoder: for autoregressive models of text: a folder or hub id of transformers (T5 for LlamaGen, CLIP for VAR-CLIP),
+            or a function from prompts to features.
+        image_size: pixels along a side, for LlamaGen, whose weights do not tell.
+        device: where it is to run.
 
     Raises:
-        ValueError: an unknown name, a file that is damaged or of another kind, weights that are not finite.
-        FileNotFoundError: no such file.
+        ValueError: an unknown name, a file that is damaged or of another kind or needs code to load, weights that are not finite,
+            a network without its tokenizer.
+        FileNotFoundError: no such file, here or on the hub.
     """
     if not isinstance(model, str | os.PathLike):
         raise ValueError(f"model={model!r}: give one of {', '.join(BUILTIN)}, or a path to a .safetensors file")
     name, device = os.fspath(model), check_device(device)
-    if (Path(name) / "model_index.json").is_file():
-        return _load_diffusers(name).to(device)
+    path = fetch(name) if is_hub(name) else Path(name)
+    if (path / "model_index.json").is_file():
+        return _load_diffusers(str(path)).to(device)
     if name in BUILTIN:
         assets = files("genkit") / "assets"
         paths = {role: Path(str(assets / file)) for role, file in BUILTIN[name].items()}
@@ -66,7 +93,12 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu") -
             f"model={name!r} is not a built-in model; use one of {', '.join(BUILTIN)}, or a path to a .safetensors file"
         )
     else:
-        paths = {"main": Path(name)}
+        coder = None if tokenizer is None else os.fspath(tokenizer)
+        at = None if coder is None else fetch(coder, "tokenizer") if is_hub(coder) else Path(coder)
+        other = load_autoregressive(path, tokenizer=at, text_encoder=text_encoder, image_size=image_size)
+        if other is not None:
+            return other.to(device)
+        paths = {"main": path}
     denoiser, about = load_checkpoint(paths["main"])
     others = {role: READERS[role](path) for role, path in paths.items() if role != "main"}
     config = denoiser.network.config

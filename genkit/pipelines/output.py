@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from PIL.Image import Image
@@ -17,11 +17,12 @@ class Output:
     """Images with their cost.
 
     Attributes:
-        latents: what the sampler ended with (B, C, H, W), about [-1, 1] for pixel models.
-        nfe: network rows spent on each sample, over all models and branches.
+        latents: what the sampler ended with (B, C, H, W), about [-1, 1] for pixel models; with tokens, the decoder's images.
+        nfe: network rows spent on each sample, over all models and branches; with tokens, positions that were fed.
         calls: forward passes of the whole call.
         trace: the per-step table.
-        seeds, classes: what made each image.
+        seeds, classes, prompts: what made each image; classes or prompts is empty.
+        tokens: (B, N), of models that draw tokens.
     """
 
     latents: Tensor
@@ -30,6 +31,8 @@ class Output:
     trace: Trace
     seeds: list[int]
     classes: list[int]
+    prompts: list[str] = field(default_factory=list)
+    tokens: Tensor | None = None
 
     @cached_property
     def pixels(self) -> Tensor:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from genkit.models.classifier import Classifier, ClassifierConfig
 from genkit.training.cifar10_classifier_export import accuracy, export
 from genkit.training.cifar10_data import load_split
-from genkit.training.cifar10_diffusion import has_bf16, save_atomically
+from genkit.training.common import add_options, from_options, has_bf16, save_atomically
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "cifar10"
 
@@ -194,12 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, nargs="?", const=ASSETS, help=exports)
     parser.add_argument("--hardware", default="", help="one line for the exported file: what the run was trained on")
     parser.add_argument("--channels", type=int, nargs="+", default=list(ClassifierConfig().channels))
-    for name, value in asdict(Recipe()).items():
-        many = isinstance(value, tuple)
-        kind = type(value[0]) if many else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, nargs="+" if many else None)
+    add_options(parser, Recipe())
     args = parser.parse_args(argv)
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    recipe = from_options(Recipe, args)
     config = ClassifierConfig(channels=tuple(args.channels))
     images, labels = load_split(args.data, "train")
     trainer = Trainer(config, recipe, args.out, images[:5000])

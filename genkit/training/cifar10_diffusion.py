@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -27,42 +26,35 @@ from genkit.denoiser import EDMDenoiser
 from genkit.models.unet import UNet, UNetConfig
 from genkit.pipelines.loading import load_checkpoint, save_checkpoint
 from genkit.training.cifar10_data import CLASS_NAMES, load_split
+from genkit.training.common import (
+    Epochs,
+    Schedule,
+    add_options,
+    from_options,
+    has_bf16,
+    learning_rate,
+    save_atomically,
+    update_ema,
+)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Schedule):
     """What a run does; written beside its weights."""
 
-    images: int = 1_500_000  # training images drawn in all
-    batch: int = 128  # over all processes
-    lr: float = 1e-3
-    warmup: int = 20_000  # images
-    decay: float = 0.35  # the last share of the run, over which lr falls linearly to zero
     label_dropout: float = 0.1
-    ema_halflife: float = 0.05  # of the images seen so far
     weak_at: float = 0.125  # share of the run after which the weak snapshot is kept
     sigma_data: float = 0.5
     p_mean: float = -1.2
     p_std: float = 1.2
-    seed: int = 0
 
 
 class Batches:
     """Batch k as a function of (seed, k) only: shuffled epochs, flips, dropped labels, noise levels and noise."""
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe, num_classes: int) -> None:
-        if not 1 <= recipe.batch <= len(images):
-            raise ValueError(f"batch={recipe.batch}: use 1 to {len(images)}, the number of images")
         self.images, self.labels, self.recipe, self.num_classes = images, labels, recipe, num_classes
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    def indices(self, step: int) -> Tensor:
-        per_epoch = len(self.images) // self.recipe.batch
-        epoch, place = divmod(step, per_epoch)
-        if epoch != self._epoch:
-            g = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=g)
-        return self._order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
+        self.indices = Epochs(len(images), recipe.batch, recipe.seed)
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r, idx = self.recipe, self.indices(step)
@@ -83,33 +75,6 @@ def edm_loss(denoiser: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Te
     weight = (s.square() + sigma_data**2) / (s * sigma_data).square()
     loss: Tensor = (weight * (denoiser(x + s * noise, sigma, y).float() - x).square()).mean()
     return loss
-
-
-def learning_rate(seen: int, r: Recipe) -> float:
-    """Linear warm-up, constant, then linear to zero over the last ``decay`` share."""
-    return r.lr * min(1.0, (seen + r.batch) / r.warmup, max(0.0, (1 - seen / r.images) / r.decay))
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, net: nn.Module, seen: int, r: Recipe) -> None:
-    beta = 0.5 ** (r.batch / max(r.ema_halflife * seen, 1e-8))
-    for e, p in zip(ema.parameters(), net.parameters(), strict=True):
-        e.lerp_(p, 1 - beta)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix units make autocast worth it here (AMX or AVX512-BF16 on a CPU)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def save_atomically(state: dict[str, object], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 class Trainer:
@@ -230,10 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--export", type=Path, help="afterwards write the weights into this folder, for example genkit/assets/cifar10"
     )
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add_options(parser, Recipe())
     args = parser.parse_args(argv)
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    recipe = from_options(Recipe, args)
     config = UNetConfig(channels=tuple(args.channels), blocks=args.blocks, attention=(len(args.channels) - 1,))
     images, labels = load_split(args.data, "train")
     trainer = Trainer(config, recipe, args.out)

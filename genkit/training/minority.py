@@ -34,8 +34,9 @@ from genkit.models.minority import MinorityClassifier, MinorityConfig, feature_d
 from genkit.pipelines.loading import load
 from genkit.random import Keyed
 from genkit.training.cifar10_data import load_split
-from genkit.training.cifar10_diffusion import Batches, has_bf16, learning_rate, save_atomically
+from genkit.training.cifar10_diffusion import Batches
 from genkit.training.cifar10_diffusion import Recipe as Drawing
+from genkit.training.common import add_options, from_options, has_bf16, learning_rate, save_atomically
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "cifar10"
 STREAM = 11  # of each image's random numbers, for the noise it is restored from
@@ -220,10 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, nargs="?", const=ASSETS, help=exports)
     parser.add_argument("--hardware", default="", help="one line for the exported file: what the run was trained on")
     parser.add_argument("--channels", type=int, nargs="+", default=list(MinorityConfig().channels))
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add_options(parser, Recipe())
     args = parser.parse_args(argv)
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    recipe = from_options(Recipe, args)
     images, labels = load_split(args.data, "train")
     scorer = Scorer(args.model, recipe, args.out)
     levels, quantiles = minority_levels(scorer(images, labels), recipe.levels)

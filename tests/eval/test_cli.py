@@ -69,7 +69,7 @@ def test_an_interrupt_says_how_to_go_on(tiny: FakePipeline, tmp_path: Path, caps
 BAD = {
     "python in a guidance": (["--guidance", "__import__('os').system('x')"], "--guidance"),
     "an attribute": (["--guidance", "CFG.__class__(3)"], "--guidance"),
-    "an unknown guidance": (["--guidance", "CGF(3.0)"], "did you mean CFG"),
+    "an unknown guidance": (["--guidance", "CGF(3.0)"], "did you mean ICG or CFG"),
     "an interval upside down": (["--guidance", "Interval(CFG(3.0), 5.0, 0.1)"], "--guidance"),
     "the same guidance twice": (["--guidance", "CFG(3.0)", "--guidance", "CFG(3)"], "twice"),
     "too few images": (["--guidance", "none", "--num-samples", "2"], "--num-samples: got 2; at least 8 works"),

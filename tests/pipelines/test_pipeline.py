@@ -118,7 +118,7 @@ def test_a_run_is_start_and_way_from_two_streams(pipe):
 
 
 def test_the_grid_is_the_samplers_own_unless_given(pipe):
-    for name in SAMPLERS:
+    for name in (name for name, sampler in SAMPLERS.items() if sampler.route is None):  # the others visit levels of their own
         out = pipe(0, 0, sampler=name, steps=3)
         expected = GRIDS[SAMPLERS[name].grid](3, 0.002, 80.0)[:-1].tolist()
         assert [r["sigma"] for r in out.trace.rows if r["stage"] == "step"] == expected
@@ -224,7 +224,7 @@ def test_global_random_state_is_left_alone(pipe):
         ({"seeds": "12"}, "seeds contains '12'"),
         ({"seeds": 1.5}, "seeds contains 1.5"),
         ({"guidance": "Interval(CFG(3.0), 5.42, 0.28)"}, "low=5.42 is above high=0.28; .*Interval"),
-        ({"guidance": "CGF(3.0)"}, "unknown name 'CGF'; did you mean CFG"),
+        ({"guidance": "CGF(3.0)"}, "unknown name 'CGF'; did you mean ICG or CFG"),
         ({"guidance": "__import__('os').system('true')"}, "guidance"),
         ({"guidance": "CFG(nan)"}, "scale=nan"),
         ({"guidance": [1.0]}, "guidance=.* must be a guidance object, an expression"),
