@@ -156,7 +156,8 @@ class Guided:
         if info.sigma > self._reached * (1 + 1e-6):
             self.state = self.guidance.init(self.batch)
         self._reached = info.sigma_next
-        self._visits[info.index] = self._visits.get(info.index, 0) + 1
+        if self._keyed is not None:  # only noise asks for it
+            self._visits[info.index] = self._visits.get(info.index, 0) + 1
 
     def condition_on(self, conditions: Mapping[str, Condition]) -> None:
         """Go on with other conditions, for a host whose conditions change during a run."""

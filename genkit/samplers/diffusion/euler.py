@@ -56,7 +56,7 @@ def ancestral(step: Step, x: Tensor, eta: float) -> Tensor:
 @register("ddim", order=1, offers=("direction",), eta=0.0)
 def ddim(step: Step, x: Tensor, memory: Any, eta: float) -> tuple[Tensor, Any]:
     """DDIM (Song et al. 2021, eq. 12 and 16): eta = 0 is deterministic and equal to Euler, eta = 1 is DDPM."""
-    return ancestral(step, x, eta), None
+    return (ancestral(step, x, eta) if eta else euler(step, x, None)[0]), None
 
 
 @register("euler_ancestral", order=1, offers=("direction",), eta=1.0)
