@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import zipfile
@@ -34,6 +35,13 @@ def read_safetensors(path: str | os.PathLike[str], *, name: str = "path") -> tup
         raise ValueError(
             f"{name}={str(path)!r} cannot be read as safetensors ({error}); the file is damaged or of another format"
         ) from None
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """12 hexadecimal digits from the weights of a safetensors file, whatever its header says."""
+    weights = read_safetensors(path)[0]
+    data = b"".join(key.encode() + weights[key].contiguous().numpy().tobytes() for key in sorted(weights))
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def read_weights(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A place may import from itself and from every lower floor, never from a neighbour on its own floor.
 FLOORS = {
+    "genkit.files": 1,
     "genkit.noise": 1,
     "genkit.random": 1,
     "genkit.weights": 1,

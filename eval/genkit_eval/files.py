@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from genkit.files import write_atomically
 from genkit_eval.errors import InputError
 
 TEMPORARY = ".writing"
@@ -50,16 +51,7 @@ def in_use(temporary: Path) -> bool:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name beside ``path`` and rename: a reader never sees a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content), temporary_beside(path))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from genkit.files import read_json, write_json
 
 FORMAT = "genkit-linear-ag-1"
 KEYS = ("sampler", "steps", "scale", "grid")
@@ -14,13 +15,7 @@ KEYS = ("sampler", "steps", "scale", "grid")
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All entries of a file. Raises ValueError if it is damaged or of another kind, FileNotFoundError if there is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"path={str(path)!r} cannot be read as JSON ({error}); give a file written by LinearAG.save") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
-        raise ValueError(f"path={str(path)!r} is not a file of format {FORMAT!r}; give a file written by LinearAG.save")
-    entries: list[dict[str, Any]] = content["entries"]
+    entries: list[dict[str, Any]] = read_json(path, FORMAT, "LinearAG.save", entries=list)["entries"]
     for i, entry in enumerate(entries):
         missing = set(KEYS) | {"coefficients", "second"}
         missing -= set(entry) if isinstance(entry, dict) else set()
@@ -33,10 +28,7 @@ def add(path: str | os.PathLike[str], key: Mapping[str, Any], values: Mapping[st
     """Write one more entry, by way of a temporary file; one with an equal key is replaced."""
     file = Path(path)
     kept = [entry for entry in (read(file) if file.exists() else []) if any(entry[k] != key[k] for k in KEYS)]
-    content = {"format": FORMAT, "entries": [*kept, {**key, **values}]}
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    write_json(file, {"format": FORMAT, "entries": [*kept, {**key, **values}]})
 
 
 def find(path: str | os.PathLike[str], wanted: Mapping[str, Any]) -> dict[str, Any]:

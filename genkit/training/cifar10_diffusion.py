@@ -7,35 +7,21 @@ function of (seed, step), so a resumed run continues exactly where the stopped o
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import math
-import platform
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from genkit.denoiser import EDMDenoiser
+from genkit.files import write_atomically
 from genkit.models.unet import UNet, UNetConfig
 from genkit.pipelines.loading import load_checkpoint, save_checkpoint
 from genkit.training.cifar10_data import CLASS_NAMES, load_split
-from genkit.training.common import (
-    Epochs,
-    Schedule,
-    add_options,
-    from_options,
-    has_bf16,
-    learning_rate,
-    save_atomically,
-    update_ema,
-)
+from genkit.training.common import ASSETS, Epochs, Schedule, Trainer, add_options, from_options, options
 
 
 @dataclass(frozen=True)
@@ -77,138 +63,59 @@ def edm_loss(denoiser: nn.Module, x: Tensor, y: Tensor, sigma: Tensor, noise: Te
     return loss
 
 
-class Trainer:
-    """One run: network, EMA, optimizer, and where they are kept."""
+def keep_weak(run: Trainer) -> dict[str, Any]:
+    """Once its share of the run is done, keep the averaged weights of then."""
+    due = run.seen >= run.recipe.weak_at * run.recipe.images
+    if due and run.accelerator.is_main_process and not (run.out / "weak.pt").exists():
+        write_atomically(run.out / "weak.pt", partial(torch.save, {"ema": run.ema.state_dict(), "seen": run.seen}))
+    return {}
 
-    def __init__(self, config: UNetConfig, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
-        probe = Accelerator()
-        self.precision = "bf16" if has_bf16(probe.device) else "no"
-        self.accelerator = Accelerator(mixed_precision=self.precision)
+
+def trainer(config: UNetConfig, recipe: Recipe, out: Path) -> Trainer:
+    """A new run, or the one found in ``out``."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         net = EDMDenoiser(UNet(config), recipe.sigma_data).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(self.accelerator.device)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
-        self.step, self.seconds = 0, 0.0
-        self.history: list[dict[str, Any]] = []  # the recipes in force, each with the image count from which it was
-        if (out / "checkpoint.pt").exists():
-            self.load()
-
-    def start_from(self, path: Path) -> None:
-        """Go on from exported weights where no checkpoint is left: their image count carries over, the optimizer starts anew."""
-        denoiser, about = load_checkpoint(path)
-        self.plain().load_state_dict(denoiser.state_dict())
-        self.ema.load_state_dict(denoiser.state_dict())
-        self.step, self.seconds = int(about["images"]) // self.recipe.batch, float(about.get("seconds", 0.0))
-
-    @property
-    def seen(self) -> int:
-        return self.step * self.recipe.batch
-
-    def plain(self) -> nn.Module:
-        module: nn.Module = self.accelerator.unwrap_model(self.net)
-        return module
-
-    def load(self) -> None:
-        state = torch.load(self.out / "checkpoint.pt", map_location=self.accelerator.device, weights_only=True)
-        try:
-            self.plain().load_state_dict(state["net"])
-        except RuntimeError:
-            raise ValueError(f"out={str(self.out)!r} holds a checkpoint of another network; choose another folder") from None
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state.get("history", [])
-
-    def save(self) -> None:
-        if self.accelerator.is_main_process:
-            state: dict[str, object] = {"net": self.plain().state_dict(), "ema": self.ema.state_dict(), "step": self.step}
-            state |= {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "history": self.history}
-            save_atomically(state, self.out / "checkpoint.pt")
-
-    def keep_weak(self) -> None:
-        due = self.seen >= self.recipe.weak_at * self.recipe.images
-        if due and self.accelerator.is_main_process and not (self.out / "weak.pt").exists():
-            save_atomically({"ema": self.ema.state_dict(), "seen": self.seen}, self.out / "weak.pt")
-
-    def train_step(self, batches: Batches) -> float:
-        a, r = self.accelerator, self.recipe
-        x, y, sigma, noise = (t.to(a.device) for t in batches(self.step, a.process_index, a.num_processes))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.seen, r)
-        loss = edm_loss(self.net, x, y, sigma, noise, r.sigma_data)
-        a.backward(loss)
-        a.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        update_ema(self.ema, self.plain(), self.seen, r)
-        return float(loss.detach())
-
-    def run(self, batches: Batches, save_every: float = 120.0) -> None:
-        total = math.ceil(self.recipe.images / self.recipe.batch)
-        if not self.history or self.history[-1]["recipe"] != asdict(self.recipe):
-            self.history.append({"from_image": self.seen, "recipe": asdict(self.recipe)})
-        bar = tqdm(total=total, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, mininterval=5)
-        average, last, saved = 0.0, time.perf_counter(), time.perf_counter()
-        while self.step < total:
-            average = self.train_step(batches) if average == 0 else 0.99 * average + 0.01 * self.train_step(batches)
-            now = time.perf_counter()
-            self.seconds, last = self.seconds + now - last, now
-            self.keep_weak()
-            bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", images=self.seen, refresh=False)
-            if now - saved > save_every:
-                self.save()
-                saved = now
-        self.save()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    loss = partial(edm_loss, sigma_data=recipe.sigma_data)
+    return Trainer(net, recipe, out, loss, {"network": asdict(config)}, optimizer=optimizer, after=keep_weak)
 
 
-def export(trainer: Trainer, assets: Path, hardware: str) -> None:
+def start_from(run: Trainer, path: Path) -> None:
+    """Go on from exported weights where no checkpoint is left: their image count carries over, the optimizer starts anew."""
+    denoiser, about = load_checkpoint(path)
+    run.plain().load_state_dict(denoiser.state_dict())
+    run.ema.load_state_dict(denoiser.state_dict())
+    run.step, run.seconds = int(about["images"]) // run.recipe.batch, float(about.get("seconds", 0.0))
+
+
+def export(run: Trainer, assets: Path, hardware: str) -> None:
     """Write the EMA weights, and the weak snapshot if it was kept, in half precision where ``genkit.load`` looks for them."""
-    assets.mkdir(parents=True, exist_ok=True)
-    about = {
-        "recipe": asdict(trainer.recipe),
-        "history": trainer.history,
-        "precision": trainer.precision,
-        "seconds": round(trainer.seconds),
-        "hardware": hardware,
-    }
-    save_checkpoint(assets / "diffusion.safetensors", trainer.ema, CLASS_NAMES, {**about, "images": trainer.seen})
-    if (trainer.out / "weak.pt").exists():
-        state = torch.load(trainer.out / "weak.pt", map_location="cpu", weights_only=True)
-        weak = copy.deepcopy(trainer.ema).cpu()
+    about = run.about(hardware)
+    save_checkpoint(assets / "diffusion.safetensors", run.ema, CLASS_NAMES, about)
+    if (run.out / "weak.pt").exists():
+        state = torch.load(run.out / "weak.pt", map_location="cpu", weights_only=True)
+        weak = copy.deepcopy(run.ema).cpu()
         weak.load_state_dict(state["ema"])
         save_checkpoint(assets / "diffusion_weak.safetensors", weak, CLASS_NAMES, {**about, "images": state["seen"]})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="CIFAR-10 JPEG pack (.npz)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/train/cifar10_diffusion"), help="checkpoints; a run found here is resumed"
-    )
+    parser = options(__doc__, "cifar10_diffusion", ASSETS)
     parser.add_argument("--start-from", type=Path, help="exported weights to go on from, if --out holds no checkpoint")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--blocks", type=int, default=1)
-    parser.add_argument("--hardware", default=platform.processor() or platform.machine(), help="one line for the exported file")
-    parser.add_argument(
-        "--export", type=Path, help="afterwards write the weights into this folder, for example genkit/assets/cifar10"
-    )
     add_options(parser, Recipe())
     args = parser.parse_args(argv)
     recipe = from_options(Recipe, args)
     config = UNetConfig(channels=tuple(args.channels), blocks=args.blocks, attention=(len(args.channels) - 1,))
     images, labels = load_split(args.data, "train")
-    trainer = Trainer(config, recipe, args.out)
-    if args.start_from and trainer.step == 0:
-        trainer.start_from(args.start_from)
-    (args.out).mkdir(parents=True, exist_ok=True)
-    record = {"network": asdict(config), "recipe": asdict(recipe), "precision": trainer.precision}
-    (args.out / "config.json").write_text(json.dumps(record, indent=2))
-    trainer.run(Batches(images, labels, recipe, config.num_classes))
-    if args.export and trainer.accelerator.is_main_process:
-        export(trainer, args.export, args.hardware)
+    run = trainer(config, recipe, args.out)
+    if args.start_from and run.step == 0:
+        start_from(run, args.start_from)
+    run.run(Batches(images, labels, recipe, config.num_classes))
+    if args.export and run.accelerator.is_main_process:
+        export(run, args.export, args.hardware)
 
 
 if __name__ == "__main__":

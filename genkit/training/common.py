@@ -7,12 +7,12 @@ import copy
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from genkit.weights import read_safetensors
+from genkit.files import write_atomically, write_json
+from genkit.weights import fingerprint as fingerprint
 
 R = TypeVar("R")
+#: Where built-in weights lie.
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "cifar10"
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,6 @@ def has_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def save_atomically(state: dict[str, object], path: Path) -> None:
-    """``torch.save`` by way of a temporary file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """12 hexadecimal digits from the weights of a safetensors file, whatever its header says."""
-    weights = read_safetensors(path)[0]
-    data = b"".join(key.encode() + weights[key].contiguous().numpy().tobytes() for key in sorted(weights))
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 @contextmanager
@@ -118,26 +106,46 @@ def from_options(kind: type[R], args: argparse.Namespace, **more: Any) -> R:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()} | more)
 
 
-def options(doc: str | None, out: str) -> argparse.ArgumentParser:
-    """A parser with what every recipe has: ``--data``, ``--out``, ``--export``, ``--hardware``."""
+def options(doc: str | None, out: str, assets: Path | None = None) -> argparse.ArgumentParser:
+    """A parser with what every recipe has: ``--data``, ``--out``, ``--export``, ``--hardware``.
+
+    Args:
+        assets: for recipes that export into a folder: the one that is taken if none is named.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="CIFAR-10 JPEG pack (.npz)")
     parser.add_argument("--out", type=Path, default=Path("runs/train") / out, help="checkpoints; a run found here is resumed")
-    parser.add_argument("--export", type=Path, help="afterwards write the averaged weights into this .safetensors file")
+    if assets:
+        exports = "afterwards write the weights into this folder (default: the package's own)"
+        parser.add_argument("--export", type=Path, nargs="?", const=assets, help=exports)
+    else:
+        parser.add_argument("--export", type=Path, help="afterwards write the averaged weights into this .safetensors file")
     parser.add_argument("--hardware", default=platform.processor() or platform.machine(), help="one line for the exported file")
     return parser
 
 
+def adamw(net: nn.Module, recipe: Schedule, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:
+    """AdamW over the parameters that are not frozen; ``weight_decay`` of the recipe, if it has one, of matrices only."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": float(getattr(recipe, "weight_decay", 0.0))}]
+    groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
+
+
 class Trainer:
-    """One run: network, its average, AdamW, and where they are kept. Step k is a function of the state before and of (seed, k).
+    """One run: network, its average, optimizer, where they are kept. Step k is a function of the state before and of (seed, k).
 
     Args:
         net: called by ``loss`` only; it may hold buffers, which are kept too. Parameters that are frozen stay as they are.
-        recipe: a :class:`Schedule`, with ``weight_decay`` (of matrices only) if there is to be any.
+        recipe: a :class:`Schedule`, or another dataclass with ``images``, ``batch`` and ``seed``.
         out: folder of ``checkpoint.pt``; one found there is gone on from.
         loss: of the network and a batch.
         made_of: plain values that a resumed run must agree in, such as the network's shape.
-        betas: of AdamW. clip_norm, clip_value: of the gradient; None does not clip.
+        optimizer: over parameters of ``net``; None is :func:`adamw`.
+        rate: the learning rate, of the images seen and the recipe.
+        average: called as ``average(ema, net, seen, recipe)`` after every step; None keeps no averaged weights.
+        clip_norm, clip_value: of the gradient; None does not clip.
+        after: called with the run after every step; what it gives is shown beside the loss.
 
     Raises:
         ValueError: the folder holds a run of something else.
@@ -146,26 +154,25 @@ class Trainer:
     def __init__(
         self,
         net: nn.Module,
-        recipe: Schedule,
+        recipe: Any,
         out: Path,
         loss: Callable[..., Tensor],
-        made_of: dict[str, Any],
+        made_of: Any,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: torch.optim.Optimizer | None = None,
+        rate: Callable[[int, Any], float] = learning_rate,
+        average: Callable[[nn.Module, nn.Module, int, Any], None] | None = update_ema,
         clip_norm: float | None = 1.0,
         clip_value: float | None = None,
+        after: Callable[[Trainer], dict[str, Any]] = lambda run: {},
     ) -> None:
-        self.recipe, self.out, self.loss = recipe, out, loss
-        self.made_of, self.clip_norm, self.clip_value = json.dumps(made_of), clip_norm, clip_value
+        self.recipe, self.out, self.loss, self.made_of = recipe, out, loss, json.dumps(made_of)
+        self.rate, self.average, self.after = rate, average, after
+        self.clip_norm, self.clip_value = clip_norm, clip_value
         self.precision = "bf16" if has_bf16(Accelerator().device) else "no"
         self.accelerator = Accelerator(mixed_precision=self.precision)
-        self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(self.accelerator.device)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        decay = float(getattr(recipe, "weight_decay", 0.0))
-        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": decay}]
-        groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
-        self.net, self.optimizer = self.accelerator.prepare(net.train(), optimizer)
+        self.ema: Any = copy.deepcopy(net).eval().requires_grad_(False).to(self.device) if average else None
+        self.net, self.optimizer = self.accelerator.prepare(net.train(), optimizer or adamw(net, recipe))
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []  # the recipes in force, each with the image count from which it was
         if (out / "checkpoint.pt").exists():
@@ -174,7 +181,8 @@ class Trainer:
     @property
     def seen(self) -> int:
         """Images drawn so far."""
-        return self.step * self.recipe.batch
+        seen: int = self.step * self.recipe.batch
+        return seen
 
     @property
     def device(self) -> torch.device:
@@ -187,27 +195,29 @@ class Trainer:
 
     def load(self) -> None:
         state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
-        if state["made_of"] != self.made_of:
+        of = state.get("made_of", self.made_of)  # the first checkpoints of diffusion models and classifiers do not say
+        if of != self.made_of:
             raise ValueError(
-                f"out={str(self.out)!r} holds a run of another network, {state['made_of']}, not {self.made_of}; "
-                "choose another folder"
+                f"out={str(self.out)!r} holds a run of another network or recipe, {of}, not {self.made_of}; choose another folder"
             )
         self.plain().load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
+        if self.average:
+            self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state.get("history", [])
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            state: dict[str, object] = {"net": self.plain().state_dict(), "ema": self.ema.state_dict(), "step": self.step}
-            state |= {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "history": self.history}
-            save_atomically(state | {"made_of": self.made_of}, self.out / "checkpoint.pt")
+            state = {"net": self.plain().state_dict(), "optimizer": self.optimizer.state_dict(), "made_of": self.made_of}
+            state |= {"step": self.step, "seconds": self.seconds, "history": self.history}
+            state |= {"ema": self.ema.state_dict()} if self.average else {}
+            write_atomically(self.out / "checkpoint.pt", partial(torch.save, state))
 
     def train_step(self, batches: Callable[..., tuple[Tensor, ...]]) -> float:
         a = self.accelerator
         batch = [t.to(a.device) for t in batches(self.step, a.process_index, a.num_processes)]
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.seen, self.recipe)
+            group["lr"] = self.rate(self.seen, self.recipe)
         with seeded(self.recipe.seed, self.step, a.process_index):
             loss = self.loss(self.net, *batch)
             a.backward(loss)
@@ -218,16 +228,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        update_ema(self.ema, self.plain(), self.seen, self.recipe)
+        if self.average:
+            self.average(self.ema, self.plain(), self.seen, self.recipe)
         return float(loss.detach())
 
-    def run(
-        self, batches: Callable[..., tuple[Tensor, ...]], save_every: float = 120.0, note: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        """To the end of the recipe. ``note`` gives further values to show."""
-        total = math.ceil(self.recipe.images / self.recipe.batch)
-        if not self.history or self.history[-1]["recipe"] != asdict(self.recipe):
-            self.history.append({"from_image": self.seen, "recipe": asdict(self.recipe)})
+    def run(self, batches: Callable[..., tuple[Tensor, ...]], save_every: float = 120.0) -> None:
+        """To the end of the recipe, saving every so many seconds and at the end."""
+        total, recipe = math.ceil(self.recipe.images / self.recipe.batch), asdict(self.recipe)
+        if not self.history or self.history[-1]["recipe"] != recipe:
+            self.history.append({"from_image": self.seen, "recipe": recipe})
+        if self.accelerator.is_main_process:
+            about = {"made_of": json.loads(self.made_of), "recipe": recipe, "precision": self.precision}
+            write_json(self.out / "config.json", about)
         bar = tqdm(total=total, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, mininterval=5)
         average, last, saved = math.nan, time.perf_counter(), time.perf_counter()
         while self.step < total:
@@ -236,7 +248,7 @@ class Trainer:
             now = time.perf_counter()
             self.seconds, last = self.seconds + now - last, now
             bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", images=self.seen, refresh=False, **note())
+            bar.set_postfix(loss=f"{average:.4f}", images=self.seen, refresh=False, **self.after(self))
             if now - saved > save_every:
                 self.save()
                 saved = now

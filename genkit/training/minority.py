@@ -14,20 +14,19 @@ image) and (seed, step).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from genkit.files import write_atomically
 from genkit.guidance.minority import minority_levels, minority_score
 from genkit.models.classifier import load_builtin
 from genkit.models.minority import MinorityClassifier, MinorityConfig, feature_distance, save_minority
@@ -36,9 +35,8 @@ from genkit.random import Keyed
 from genkit.training.cifar10_data import load_split
 from genkit.training.cifar10_diffusion import Batches
 from genkit.training.cifar10_diffusion import Recipe as Drawing
-from genkit.training.common import add_options, from_options, has_bf16, learning_rate, save_atomically
+from genkit.training.common import ASSETS, Trainer, add_options, from_options, options
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "cifar10"
 STREAM = 11  # of each image's random numbers, for the noise it is restored from
 
 
@@ -64,9 +62,8 @@ class Recipe:
 
     @property
     def drawing(self) -> Drawing:
-        """How batches are drawn and how lr moves: as in the training of the diffusion model, without label dropout."""
-        shared = {name: getattr(self, name) for name in ("images", "batch", "lr", "warmup", "decay", "p_mean", "p_std", "seed")}
-        return Drawing(label_dropout=0.0, **shared)
+        """How batches are drawn: as in the training of the diffusion model, without label dropout."""
+        return Drawing(batch=self.batch, seed=self.seed, p_mean=self.p_mean, p_std=self.p_std, label_dropout=0.0)
 
 
 class Scorer:
@@ -99,79 +96,25 @@ class Scorer:
         for start, file in tqdm(mine, desc="score", unit="block", disable=not a.is_main_process, mininterval=5):
             if not file.exists():
                 part = slice(start, start + self.block)
-                save_atomically({"scores": self.score(images[part], labels[part], start)}, file)
+                scores = self.score(images[part], labels[part], start)
+                write_atomically(file, partial(torch.save, {"scores": scores}))
         a.wait_for_everyone()
         return torch.cat([torch.load(file, weights_only=True)["scores"] for file in files])
 
 
-class Trainer:
-    """One run of the classifier's training: network, optimizer, and where they are kept."""
+def trainer(config: MinorityConfig, recipe: Recipe, out: Path, source: str = "") -> Trainer:
+    """A new run, or the one found in ``out``. ``source`` names what the levels come from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        net = MinorityClassifier(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-    def __init__(self, config: MinorityConfig, recipe: Recipe, out: Path, source: str = "") -> None:
-        self.recipe, self.out = recipe, out
-        self.made_of = json.dumps([asdict(config), asdict(recipe), source])  # ``source``: what the levels come from
-        self.precision = "bf16" if has_bf16(Accelerator().device) else "no"
-        self.accelerator = Accelerator(mixed_precision=self.precision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            net = MinorityClassifier(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
-        self.step, self.seconds = 0, 0.0
-        if (out / "checkpoint.pt").exists():
-            self.load()
+    def loss(net: nn.Module, x: Tensor, level: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        found: Tensor = -net(x + sigma[:, None, None, None] * noise, sigma, level).mean()
+        return found
 
-    def plain(self) -> MinorityClassifier:
-        net: MinorityClassifier = self.accelerator.unwrap_model(self.net)
-        return net
-
-    def load(self) -> None:
-        state = torch.load(self.out / "checkpoint.pt", map_location=self.accelerator.device, weights_only=True)
-        if state["made_of"] != self.made_of:
-            raise ValueError(
-                f"out={str(self.out)!r} holds the checkpoint of another recipe, network or diffusion model; "
-                "choose another folder, or delete its checkpoint.pt"
-            )
-        self.plain().load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-
-    def save(self) -> None:
-        if self.accelerator.is_main_process:
-            state: dict[str, object] = {"net": self.plain().state_dict(), "optimizer": self.optimizer.state_dict()}
-            state |= {"made_of": self.made_of, "step": self.step, "seconds": self.seconds}
-            save_atomically(state, self.out / "checkpoint.pt")
-
-    def train_step(self, batches: Batches) -> float:
-        a = self.accelerator
-        x, level, sigma, noise = (t.to(a.device) for t in batches(self.step, a.process_index, a.num_processes))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step * self.recipe.batch, self.recipe.drawing)
-        loss = -self.net(x + sigma[:, None, None, None] * noise, sigma, level).mean()
-        a.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return float(loss.detach())
-
-    def run(self, batches: Batches, until: int | None = None, save_every: float = 60.0) -> None:
-        """Train up to step ``until`` (default: the end), saving every ``save_every`` seconds and at the end."""
-        total = math.ceil(self.recipe.images / self.recipe.batch)
-        total = total if until is None else min(until, total)
-        bar = tqdm(total=total, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, mininterval=5)
-        average, last, saved = 0.0, time.perf_counter(), time.perf_counter()
-        while self.step < total:
-            loss = self.train_step(batches)
-            average = loss if average == 0 else 0.98 * average + 0.02 * loss
-            now = time.perf_counter()
-            self.seconds, last = self.seconds + now - last, now
-            bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-            if now - saved > save_every:
-                self.save()
-                saved = now
-        bar.close()
-        self.save()
+    made_of = [asdict(config), asdict(recipe), source]
+    return Trainer(net, recipe, out, loss, made_of, optimizer=optimizer, average=None, clip_norm=None)
 
 
 def split(count: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -195,31 +138,26 @@ def accuracy(net: MinorityClassifier, images: Tensor, levels: Tensor, sigma: flo
     return {name: round(value, 4) for name, value in shares.items()}
 
 
-def export(trainer: Trainer, data: tuple[Tensor, Tensor], quantiles: Tensor, folder: Path, about: dict[str, Any]) -> Path:
+def export(run: Trainer, data: tuple[Tensor, Tensor], quantiles: Tensor, folder: Path, about: dict[str, Any]) -> Path:
     """Write ``minority.safetensors`` in half precision where ``genkit.load`` looks for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    net = trainer.plain().eval()
+    net = run.plain().eval()
     measured = {f"{sigma:g}": accuracy(net, *data, sigma) for sigma in (0.1, 0.5, 2.0)}
     record: dict[str, Any] = {
-        "recipe": asdict(trainer.recipe),
+        "recipe": asdict(run.recipe),
         "quantiles": [round(float(q), 5) for q in quantiles],
         "held_out": measured,
     }
-    record |= {"distance": "features of the built-in CIFAR-10 classifier", "precision": trainer.precision}
-    record |= {"seconds": round(trainer.seconds), **about}
+    record |= {"distance": "features of the built-in CIFAR-10 classifier", "precision": run.precision}
+    record |= {"seconds": round(run.seconds), **about}
     save_minority(folder / "minority.safetensors", net, {"about": json.dumps(record)})
     print(f"{folder / 'minority.safetensors'}: on held-out images, by noise level, {json.dumps(measured)}")
     return folder / "minority.safetensors"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="CIFAR-10 JPEG pack (.npz)")
-    parser.add_argument("--out", type=Path, default=Path("runs/train/minority"), help="scores and checkpoints; resumes")
+    parser = options(__doc__, "minority", ASSETS)
     parser.add_argument("--model", default="builtin/cifar10", help="diffusion model that restores: a built-in name or a file")
-    exports = "write the weights (default folder: the package's own)"
-    parser.add_argument("--export", type=Path, nargs="?", const=ASSETS, help=exports)
-    parser.add_argument("--hardware", default="", help="one line for the exported file: what the run was trained on")
     parser.add_argument("--channels", type=int, nargs="+", default=list(MinorityConfig().channels))
     add_options(parser, Recipe())
     args = parser.parse_args(argv)
@@ -229,11 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     levels, quantiles = minority_levels(scorer(images, labels), recipe.levels)
     trained, held = split(len(images), recipe)
     config = MinorityConfig(levels=recipe.levels, channels=tuple(args.channels))
-    trainer = Trainer(config, recipe, args.out, scorer.folder.name)
-    trainer.run(Batches(images[trained], levels[trained], recipe.drawing, recipe.levels))
-    if args.export and trainer.accelerator.is_main_process:
+    run = trainer(config, recipe, args.out, scorer.folder.name)
+    run.run(Batches(images[trained], levels[trained], recipe.drawing, recipe.levels))
+    if args.export and run.accelerator.is_main_process:
         about = {"model": args.model, "hardware": args.hardware}
-        export(trainer, (images[held], levels[held]), quantiles, args.export, about)
+        export(run, (images[held], levels[held]), quantiles, args.export, about)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from genkit import noise
 from genkit.denoiser import Condition, Denoiser, Guided
+from genkit.files import read_json, write_json
 from genkit.guidance import CFG, COND, UNCOND, Branch, Guidance, NoGuidance, Result, StepInfo, parse
 from genkit.guidance.base import Predictions, is_number
 from genkit.guidance.piecewise import Piecewise
@@ -117,10 +117,7 @@ class Policy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write expression, numbers and provenance as JSON, by way of a temporary file."""
-        content = {"format": FORMAT, "guidance": repr(self.guidance), **asdict(self)}
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"format": FORMAT, "guidance": repr(self.guidance), **asdict(self)})
 
 
 def load_policy(path: str | os.PathLike[str], sampler: str | None = None, steps: int | None = None) -> Guidance:
@@ -133,13 +130,8 @@ def load_policy(path: str | os.PathLike[str], sampler: str | None = None, steps:
     Raises:
         ValueError: the file is damaged or of another kind, or was searched with another sampler or number of steps.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"path={str(path)!r} cannot be read as JSON ({error}); give a file written by Policy.save") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("guidance"), str):
-        raise ValueError(f"path={str(path)!r} is not a file of format {FORMAT!r}; give a file written by Policy.save")
-    search = content.get("search", {})
+    content = read_json(path, FORMAT, "Policy.save", guidance=str, search=dict)
+    search = content["search"]
     for name, given in (("sampler", sampler), ("steps", steps)):
         if given is not None and given != search.get(name):
             raise ValueError(

@@ -20,7 +20,7 @@ from genkit.pipelines.exported import load_exported, save_exported
 from genkit.tokenizers.compact import QUANTIZERS, CompactConfig, CompactTokenizer
 from genkit.tokenizers.quantizers import LFQ, SimVQ
 from genkit.training.cifar10_data import load_split
-from genkit.training.common import Epochs, Schedule, Trainer, add_options, from_options, options, seeded
+from genkit.training.common import Epochs, Schedule, Trainer, adamw, add_options, from_options, options, seeded
 
 FORMAT = "genkit-tokenizer-1"
 
@@ -92,7 +92,11 @@ def trainer(config: CompactConfig, recipe: Recipe, out: Path) -> Trainer:
     def loss(net: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         return net(image.contiguous(memory_format=torch.channels_last))
 
-    return Trainer(net, recipe, out, loss, asdict(config), betas=(0.9, 0.99))
+    def in_use(run: Trainer) -> dict[str, Any]:
+        return {"in_use": f"{float((run.plain().idle < 100).float().mean()):.0%}"}
+
+    optimizer = adamw(net, recipe, betas=(0.9, 0.99))
+    return Trainer(net, recipe, out, loss, asdict(config), optimizer=optimizer, after=in_use)
 
 
 @torch.no_grad()
@@ -130,8 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     images, _ = load_split(args.data, "train")
     config = from_options(CompactConfig, args, image_size=images.shape[-1])
     run = trainer(config, from_options(Recipe, args), args.out or Path("runs/train") / f"cifar10_tokenizer_{args.quantizer}")
-    idle = run.plain().idle
-    run.run(Batches(images, run.recipe), note=lambda: {"in_use": f"{float((idle < 100).float().mean()):.0%}"})  # type: ignore[arg-type]
+    run.run(Batches(images, run.recipe))
     if not run.accelerator.is_main_process:
         return
     averaged: Any = run.ema.tokenizer

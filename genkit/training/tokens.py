@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from genkit.files import write_atomically
 from genkit.models.autoregressive import Logits
 from genkit.pipelines.exported import load_exported
 from genkit.tokenizers.multiscale import MultiScale
 from genkit.training.cifar10_data import load_split
-from genkit.training.common import Epochs, Schedule, fingerprint, save_atomically
+from genkit.training.common import Epochs, Schedule, fingerprint
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def load_tokens(
         images, labels = load_split(data, "train")
         device = Accelerator().device
         state = {"tokens": encode(network.to(device), images, device), "labels": labels}
-        save_atomically(dict(state), kept)
+        write_atomically(kept, partial(torch.save, state))
     return TokenData(state["tokens"], state["labels"], network.cpu(), of)
 
 

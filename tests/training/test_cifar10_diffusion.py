@@ -13,7 +13,8 @@ from genkit.models.unet import UNet, UNetConfig
 from genkit.pipelines.loading import load_checkpoint
 from genkit.training import cifar10_diffusion
 from genkit.training.cifar10_data import load_split
-from genkit.training.cifar10_diffusion import Batches, Recipe, Trainer, edm_loss, learning_rate, main, update_ema
+from genkit.training.cifar10_diffusion import Batches, Recipe, edm_loss, keep_weak, main, trainer
+from genkit.training.common import learning_rate, update_ema
 
 TINY = UNetConfig(patch=4, channels=(8, 8), attention=(), embedding=16, groups=4)
 RECIPE = Recipe(images=48, batch=8, warmup=16, weak_at=0.5)
@@ -60,9 +61,9 @@ def batches(data, recipe=RECIPE):
     return Batches(*data, recipe, 10)
 
 
-def state(trainer):
-    moments = {f"{i}.{k}": v for i, s in trainer.optimizer.state_dict()["state"].items() for k, v in s.items()}
-    return [trainer.plain().state_dict(), trainer.ema.state_dict(), moments]
+def state(run):
+    moments = {f"{i}.{k}": v for i, s in run.optimizer.state_dict()["state"].items() for k, v in s.items()}
+    return [run.plain().state_dict(), run.ema.state_dict(), moments]
 
 
 def assert_same(a, b):
@@ -176,58 +177,74 @@ def test_ema_has_the_half_life_it_says():
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
-    whole = Trainer(TINY, RECIPE, tmp_path / "whole")
+    whole = trainer(TINY, RECIPE, tmp_path / "whole")
     whole.run(batches(data))
     assert (whole.step, whole.seen) == (6, 48)
-    stopped = Trainer(TINY, RECIPE, tmp_path / "stopped")
+    stopped = trainer(TINY, RECIPE, tmp_path / "stopped")
     for _ in range(4):
         stopped.train_step(batches(data))
-        stopped.keep_weak()
+        keep_weak(stopped)
     stopped.save()
-    resumed = Trainer(TINY, RECIPE, tmp_path / "stopped")
+    resumed = trainer(TINY, RECIPE, tmp_path / "stopped")
     torch.manual_seed(123)  # the global generator plays no part
     assert resumed.step == 4
     assert_same(resumed, stopped)
     resumed.run(batches(data))
     assert_same(resumed, whole)
-    again = Trainer(TINY, RECIPE, tmp_path / "stopped")
+    again = trainer(TINY, RECIPE, tmp_path / "stopped")
     again.run(batches(data))  # finished: nothing is done again
     assert_same(again, whole)
 
 
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_gone_on_from(data, tmp_path):
+    """As the first ones were: without ``made_of`` and ``history``."""
+    whole = trainer(TINY, RECIPE, tmp_path / "whole")
+    whole.run(batches(data))
+    stopped = trainer(TINY, RECIPE, tmp_path / "stopped")
+    stopped.train_step(batches(data))
+    stopped.save()
+    file = tmp_path / "stopped" / "checkpoint.pt"
+    kept = torch.load(file, weights_only=True)
+    torch.save({name: kept[name] for name in ("net", "ema", "step", "optimizer", "seconds")}, file)
+    resumed = trainer(TINY, RECIPE, tmp_path / "stopped")
+    resumed.run(batches(data))
+    assert_same(resumed, whole)
+    assert [part["from_image"] for part in resumed.history] == [8]
+
+
 def test_the_weak_snapshot_is_the_average_at_its_step(data, tmp_path):
-    trainer = Trainer(TINY, RECIPE, tmp_path)
+    run = trainer(TINY, RECIPE, tmp_path)
     for _ in range(3):
-        trainer.train_step(batches(data))
-    early = {k: v.clone() for k, v in trainer.ema.state_dict().items()}
-    trainer = Trainer(TINY, RECIPE, tmp_path)
-    trainer.run(batches(data))
+        run.train_step(batches(data))
+    early = {k: v.clone() for k, v in run.ema.state_dict().items()}
+    run = trainer(TINY, RECIPE, tmp_path)
+    run.run(batches(data))
     weak = torch.load(tmp_path / "weak.pt", weights_only=True)
     assert weak["seen"] == 24
     assert all(torch.equal(weak["ema"][k], early[k]) for k in early)
-    assert any(not torch.equal(trainer.ema.state_dict()[k], early[k]) for k in early)
+    assert any(not torch.equal(run.ema.state_dict()[k], early[k]) for k in early)
 
 
 def test_it_learns(data, tmp_path):
     """On one and the same noisy batch, whose images were shown about forty times in between."""
     recipe = Recipe(images=16 * 50, batch=16, warmup=32, lr=1e-2)
-    trainer, b = Trainer(TINY, recipe, tmp_path), batches(data, recipe)
+    run, b = trainer(TINY, recipe, tmp_path), batches(data, recipe)
 
     def loss(net):
         with torch.no_grad():
             return edm_loss(net, *b(1000), recipe.sigma_data).item()
 
-    before = loss(trainer.net)
-    trainer.run(b)
-    assert loss(trainer.net) < 0.8 * before
-    assert loss(trainer.ema) < 0.8 * before
+    before = loss(run.net)
+    run.run(b)
+    assert loss(run.net) < 0.8 * before
+    assert loss(run.ema) < 0.8 * before
 
 
 def test_the_network_is_a_function_of_the_seed(tmp_path):
-    a, b, c = (Trainer(TINY, Recipe(seed=s), tmp_path).plain().state_dict() for s in (0, 0, 1))
+    a, b, c = (trainer(TINY, Recipe(seed=s), tmp_path).plain().state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert any(not torch.equal(a[k], c[k]) for k in a)
-    assert isinstance(Trainer(TINY, RECIPE, tmp_path).plain().network, UNet)
+    assert isinstance(trainer(TINY, RECIPE, tmp_path).plain().network, UNet)
 
 
 def test_the_command(pack, tmp_path):
@@ -235,7 +252,7 @@ def test_the_command(pack, tmp_path):
     cifar10_diffusion.main(["--data", str(pack), "--out", str(tmp_path / "run"), *options])
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["recipe"]["seed"] == 3
-    assert record["network"]["channels"] == [16, 16]
+    assert record["made_of"]["network"]["channels"] == [16, 16]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
     with pytest.raises(FileNotFoundError, match="data="):
         cifar10_diffusion.main(["--data", str(tmp_path / "no.npz"), "--out", str(tmp_path / "x")])
@@ -268,7 +285,7 @@ def test_a_changed_recipe_is_recorded(arrays, tmp_path):
     assert about["hardware"] == "a test"
     weak = load_checkpoint(tmp_path / "assets" / "diffusion_weak.safetensors")[1]
     assert weak["images"] == 10
-    with pytest.raises(ValueError, match="checkpoint of another network"):
+    with pytest.raises(ValueError, match="holds a run of another network"):
         main([*common, "--channels", "32", "--images", "40"])
     with pytest.raises(ValueError, match="batch=21: use 1 to 20"):
         main([*common, "--out", str(tmp_path / "other"), "--batch", "21"])

@@ -18,7 +18,7 @@ from genkit.models.minority import MinorityConfig, load_minority
 from genkit.models.unet import UNet, UNetConfig
 from genkit.training import minority as recipe_module
 from genkit.training.cifar10_diffusion import Batches
-from genkit.training.minority import Recipe, Scorer, Trainer, accuracy, split
+from genkit.training.minority import Recipe, Scorer, accuracy, split, trainer
 from tests.training.test_cifar10_classifier import pack  # noqa: F401 (a fixture)
 
 TINY = MinorityConfig(levels=4, channels=(16, 16), embedding=16)
@@ -86,17 +86,19 @@ def test_interrupted_scoring_goes_on_where_it_was(
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data: tuple[Tensor, Tensor], scores: Tensor, tmp_path: Path) -> None:
     batches = Batches(data[0], minority_levels(scores, 4)[0], SHORT.drawing, 4)
-    whole = Trainer(TINY, SHORT, tmp_path / "whole", "a")
+    whole = trainer(TINY, SHORT, tmp_path / "whole", "a")
     whole.run(batches)
-    Trainer(TINY, SHORT, tmp_path / "halves", "a").run(batches, until=1)
-    resumed = Trainer(TINY, SHORT, tmp_path / "halves", "a")
+    stopped = trainer(TINY, SHORT, tmp_path / "halves", "a")
+    stopped.train_step(batches)
+    stopped.save()
+    resumed = trainer(TINY, SHORT, tmp_path / "halves", "a")
     assert (whole.step, resumed.step) == (3, 1)
     resumed.run(batches)
-    expected, start = whole.plain().state_dict(), Trainer(TINY, SHORT, tmp_path / "new", "a").plain().state_dict()
+    expected, start = whole.plain().state_dict(), trainer(TINY, SHORT, tmp_path / "new", "a").plain().state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in resumed.plain().state_dict().items())
     assert any(not torch.equal(v, expected[k]) for k, v in start.items())
-    with pytest.raises(ValueError, match=r"halves' holds the checkpoint of another recipe"):
-        Trainer(TINY, SHORT, tmp_path / "halves", "another model's scores")
+    with pytest.raises(ValueError, match=r"halves' holds a run of another network or recipe"):
+        trainer(TINY, SHORT, tmp_path / "halves", "another model's scores")
 
 
 def test_it_learns_what_can_be_learned(tmp_path: Path) -> None:
@@ -105,11 +107,11 @@ def test_it_learns_what_can_be_learned(tmp_path: Path) -> None:
     levels = torch.arange(64) % 4
     images = (60 * levels[:, None, None, None] + torch.randint(0, 40, (64, 3, 8, 8), generator=g)).to(torch.uint8)
     recipe = Recipe(levels=4, images=16 * 30, batch=16, lr=1e-2, warmup=32, p_mean=-1.5, p_std=0.3)
-    trainer = Trainer(TINY, recipe, tmp_path)
-    before = accuracy(trainer.plain().eval(), images, levels, 0.2)
-    trainer.net.train()
-    trainer.run(Batches(images, levels, recipe.drawing, 4))
-    after = accuracy(trainer.plain().eval(), images, levels, 0.2)
+    run = trainer(TINY, recipe, tmp_path)
+    before = accuracy(run.plain().eval(), images, levels, 0.2)
+    run.net.train()
+    run.run(Batches(images, levels, recipe.drawing, 4))
+    after = accuracy(run.plain().eval(), images, levels, 0.2)
     assert before["exact"] < 0.6
     assert after["exact"] > 0.9
     assert after["exact"] <= after["within_one"] <= 1
@@ -123,7 +125,7 @@ def test_held_out_images_are_never_trained_on() -> None:
 
 def test_global_random_numbers_are_left_alone(data: tuple[Tensor, Tensor], scores: Tensor, tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    Trainer(TINY, SHORT, tmp_path).run(Batches(data[0], minority_levels(scores, 4)[0], SHORT.drawing, 4), until=1)
+    trainer(TINY, SHORT, tmp_path).train_step(Batches(data[0], minority_levels(scores, 4)[0], SHORT.drawing, 4))
     assert torch.equal(before, torch.get_rng_state())
 
 
