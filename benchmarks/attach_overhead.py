@@ -2,14 +2,17 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/attach_overhead.py [--out docs/runs/attach_overhead.json]
 
-One pipeline, its own CFG and attached ones interleaved in one process; each figure is the slope between a short and a long run
-(so set-up does not count), from the minimum CPU time of several repeats.
+One pipeline, its own CFG and attached ones interleaved in one process. A call costs the CPU time from one call of the network
+to the next, so the set-up of a run does not count: of each step the minimum over several runs, and of these the mean over a run.
+Own CFG and CFG attached give the network the same rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import diffusers
 import torch
-from overhead import BATCH, SHAPE, measure
+from overhead import BATCH, SHAPE
 from record import save
 
 from genkit.pipelines.attach import attach
 
-GUIDANCES = ("CFG(3.0)", "Interval(CFG(3.0), 0.28, 5.42)", "none")
+STEPS, FIRST = 100, 5  # of a run, and those that do not count
+GUIDANCES = ("CFG(3.0)", "Interval(CFG(3.0), 0.28, 5.42)", "APG(3.0)", "none")
+stamps: list[int] = []  # when the network was called
 
 
 def pipeline(scheduler: str) -> Any:
@@ -33,7 +38,12 @@ def pipeline(scheduler: str) -> Any:
         sample_size=SHAPE[-1], block_out_channels=(8,), layers_per_block=1, norm_num_groups=1, cross_attention_dim=8, **kinds
     ).eval()
     stored = torch.zeros(2 * BATCH, *SHAPE)
-    unet.forward = lambda sample, *_, **__: (stored[: len(sample)],)
+
+    def forward(sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        stamps.append(time.thread_time_ns())
+        return (stored[: len(sample)],)
+
+    unet.forward = forward
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
@@ -59,6 +69,20 @@ def caller(pipe: Any, guidance: str | None) -> Callable[[int], None]:
     return own if guidance is None else attached
 
 
+def measure(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str, float]:
+    """Microseconds a call of each."""
+    best = {name: [float("inf")] * (STEPS - FIRST - 1) for name in runs}
+    for run in runs.values():
+        run(FIRST)
+    for _ in range(repeats):
+        for name, run in runs.items():
+            stamps.clear()
+            run(STEPS)
+            took = (after - before for before, after in itertools.pairwise(stamps[FIRST:]))
+            best[name] = [min(pair) for pair in zip(best[name], took, strict=True)]
+    return {name: sum(steps) / len(steps) / 1e3 for name, steps in best.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
@@ -80,6 +104,7 @@ def main() -> None:
         print(f"{value:8.1f} us/call  {added.get(name, 0.0):+8.1f}  {name}")
     if args.out:
         about = {"us_per_call": result, "added_us_per_call": added, "batch": BATCH, "shape": list(SHAPE), "repeats": args.repeats}
+        about["load_average"] = round(os.getloadavg()[1], 1)  # other work on the machine makes every figure larger
         save(args.out, "benchmarks/attach_overhead.py", about)
     own = {name.split(", ")[0]: value for name, value in result.items() if "own" in name}
     over = [n for n, v in added.items() if "CFG" in n and v > max(args.limit, args.ratio * own[n.split(", ")[0]])]

@@ -244,14 +244,16 @@ class Guided:
         if not math.isclose(alpha, info.alpha, rel_tol=1e-12):  # the network lives on another path than the sampler
             x = x * (alpha / info.alpha)
         self.ledger.calls += 1
-        levels = torch.full((x.shape[0],), sigma, dtype=torch.float64, device=x.device)
         if perturbation is None:
-            denoised: Tensor = net(x, levels, condition)
-            return denoised
+            return self._pass(net, x, sigma, condition)
         if not hasattr(net, "perturbed"):
             raise ValueError(f"{self.guidance!r} needs a network that can be weakened in its layers; {name!r} cannot be")
         with net.perturbed(perturbation):
-            denoised = net(x, levels, condition)
+            return self._pass(net, x, sigma, condition)
+
+    def _pass(self, net: Any, x: Tensor, sigma: float, condition: Condition) -> Tensor:
+        """One forward pass at one noise level; for hosts whose networks take it as a number."""
+        denoised: Tensor = net(x, torch.full((x.shape[0],), sigma, dtype=torch.float64, device=x.device), condition)
         return denoised
 
     def _conditions(self, info: StepInfo, branches: tuple[Branch, ...]) -> list[Condition]:
@@ -269,20 +271,19 @@ class Guided:
         return self.conditions[name]
 
     def _record(self, info: StepInfo, predictions: Mapping[str, Tensor], result: Result) -> None:
-        asked = self._asked
-        row = {
-            "batch": 0,
-            "step": info.index,
-            "stage": info.stage,
-            "sigma": info.sigma,
-            "weight": self.guidance.weight(info),
-            "branches": "+".join([b.name for b in asked]),
-            "rows": sum([self.batch if b.mask is None else int(b.mask.sum()) for b in asked]),
-        }
-        row.update(result.stats)
+        asked, stats = self._asked, result.stats
         if self.level == "full":
-            row.update(_measure(info, asked, predictions, result))
-        self.trace.add(row)
+            stats = {**stats, **_measure(info, asked, predictions, result)}
+        self.trace.later(_row, info.index, info.stage, info.sigma, self.guidance.weight(info), asked, self.batch, stats)
+
+
+def _row(
+    step: int, stage: Stage, sigma: float, weight: float, asked: tuple[Branch, ...], batch: int, stats: Mapping[str, float]
+) -> dict[str, Any]:
+    rows = sum([batch if b.mask is None else int(b.mask.sum()) for b in asked])
+    names = "+".join([b.name for b in asked])
+    about = {"batch": 0, "step": step, "stage": stage, "sigma": sigma, "weight": weight, "branches": names, "rows": rows}
+    return {**about, **stats}
 
 
 def _measure(info: StepInfo, branches: tuple[Branch, ...], predictions: Mapping[str, Tensor], result: Result) -> dict[str, float]:

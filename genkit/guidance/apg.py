@@ -44,6 +44,7 @@ class APG(CondUncond):
     momentum: float = 0.0
     threshold: float = 0.0
     affine: ClassVar[bool] = False
+    logits: ClassVar[bool | None] = True
     examples: ClassVar[tuple[str, ...]] = ("APG(4.0)", "APG(4.0, eta=0.5, momentum=-0.5, threshold=5.0)")
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class APGMix(CondUncond, _Several):
     then: APG
     last: int = 5
     affine: ClassVar[bool] = False
+    logits: ClassVar[bool | None] = True
     examples: ClassVar[tuple[str, ...]] = ("APGMix(CFG(2.0), APG(4.0, momentum=-0.5, threshold=5.0), last=2)",)
 
     def __post_init__(self) -> None:

@@ -142,6 +142,8 @@ class Guidance:
     space: ClassVar[noise.Space] = "x0"
     #: Whether ``rule`` is affine in the predictions, and so gives the same image in every space.
     affine: ClassVar[bool] = True
+    #: Whether it means something on logits of tokens, less their mean. None: as ``affine``, ``space`` and ``requires`` tell.
+    logits: ClassVar[bool | None] = None
     #: What the method itself asks of its host beside ``plan`` and ``combine``; a host that lacks it refuses the method.
     requires: ClassVar[frozenset[Need]] = frozenset()
 

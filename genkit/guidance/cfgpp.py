@@ -35,6 +35,7 @@ class CFGPP(CondUncond):
     strength: float = 0.6
     form: Literal["renoise", "schedule"] = "renoise"
     scale: float = 2.0
+    logits: ClassVar[bool | None] = False  # it mixes noise levels
     examples: ClassVar[tuple[str, ...]] = ("CFGPP(0.6)", "CFGPP(0.8, 'schedule')", "CFGPP(1.0, scale=1.5)")
 
     def __post_init__(self) -> None:

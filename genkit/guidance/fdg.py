@@ -86,6 +86,7 @@ class FDG(Guidance):
     parallel: float | tuple[float, ...] = 1.0
     start: float | tuple[float, ...] = 0.0
     stop: float | tuple[float, ...] = 1.0
+    logits: ClassVar[bool | None] = False  # it splits an image into frequencies
     examples: ClassVar[tuple[str, ...]] = (
         "FDG((4.0, 2.0))",
         "FDG((3.0, 5.0), parallel=(0.2, 0.6))",

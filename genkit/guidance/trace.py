@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,15 +23,34 @@ class Trace:
     """
 
     def __init__(self, rows: list[Row] | None = None) -> None:
-        self.rows: list[Row] = rows if rows is not None else []
+        self._rows: list[Row] = rows if rows is not None else []
+        self._later: list[Trace | tuple[Callable[..., Row], tuple[Any, ...]]] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        later, self._later = self._later, []
+        for item in later:
+            if isinstance(item, Trace):
+                batch = self._rows[-1]["batch"] + 1 if self._rows else 0
+                self._rows.extend({**row, "batch": batch} for row in item.rows)
+            else:
+                make, arguments = item
+                self._rows.append(make(*arguments))
+        return self._rows
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
 
+    def later(self, make: Callable[..., Row], *arguments: Any) -> None:
+        """Append ``make(*arguments)``, which is called when the table is first read: a run does not wait for its trace."""
+        self._later.append((make, arguments))
+
     def extend(self, other: Trace) -> None:
-        """Append the rows of a later chunk, numbered as the next ``batch``."""
-        batch = self.rows[-1]["batch"] + 1 if self.rows else 0
-        self.rows.extend({**row, "batch": batch} for row in other.rows)
+        """Append the rows of a later chunk, which has ended, numbered as the next ``batch``."""
+        self._later.append(other)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rows": self.rows, "_later": []}
 
     def column(self, name: str) -> list[Any]:
         """Values of one column, None where a row lacks it. Raises KeyError naming the columns for an unknown one."""

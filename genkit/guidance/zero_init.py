@@ -29,6 +29,7 @@ class ZeroInit(_Combinator):
     """
 
     steps: int = 1
+    logits: ClassVar[bool | None] = False  # it sets a velocity to zero
     examples: ClassVar[tuple[str, ...]] = ("ZeroInit(CFGZeroStar(3.0))", "ZeroInit(Scheduled(CFG(2.0), 'sine'), steps=2)")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What differs between the pipelines of diffusers: which component predicts, and how its conditions are made."""
+"""How the conditions of a diffusers network are made; its other facts are in :mod:`genkit.pipelines.attach.adapters`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from genkit.pipelines.attach.adapters import find
 
 FILLED = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt", "kwargs"}
 Arguments = dict[str, Any]  # of the network, by name: tensors with one row per image, and mappings of them
@@ -45,13 +47,11 @@ class Family:
     """One kind of pipeline.
 
     Attributes:
-        network: name of the component that predicts.
         encode: ``encode(pipe, request) -> (cond, uncond)``: the network's arguments beside the image and the timestep. The second
             are what the pipeline's own CFG subtracts: those of the negative prompt, or of none.
         by_class: images are asked for by class label, not by prompt.
     """
 
-    network: str
     encode: Callable[[Any, Request], tuple[Arguments, Arguments]]
     by_class: bool = False
 
@@ -97,8 +97,6 @@ def pixart(pipe: Any, ask: Request) -> tuple[Arguments, Arguments]:
 
 
 def dit(pipe: Any, ask: Request) -> tuple[Arguments, Arguments]:
-    if pipe.transformer.training:
-        raise ValueError("pipe.transformer is in training mode, where it drops labels at random: call pipe.transformer.eval()")
     labels = torch.tensor(ask.labels, device=ask.device).repeat_interleave(ask.per_prompt)
     null = pipe.transformer.config.num_embeds_ada_norm  # the label after the last class
     return {"class_labels": labels}, {"class_labels": torch.full_like(labels, null)}
@@ -117,12 +115,12 @@ def _encoded(pipe: Any, ask: Request) -> tuple[Tensor, ...]:
 
 
 FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": Family("unet", stable_diffusion),
-    "StableDiffusionXLPipeline": Family("unet", stable_diffusion_xl),
-    "StableDiffusion3Pipeline": Family("transformer", stable_diffusion_3),
-    "PixArtAlphaPipeline": Family("transformer", pixart),
-    "PixArtSigmaPipeline": Family("transformer", pixart),
-    "DiTPipeline": Family("transformer", dit, by_class=True),
+    "StableDiffusionPipeline": Family(stable_diffusion),
+    "StableDiffusionXLPipeline": Family(stable_diffusion_xl),
+    "StableDiffusion3Pipeline": Family(stable_diffusion_3),
+    "PixArtAlphaPipeline": Family(pixart),
+    "PixArtSigmaPipeline": Family(pixart),
+    "DiTPipeline": Family(dit, by_class=True),
 }
 
 
@@ -135,6 +133,11 @@ def find_family(pipe: Any) -> Family:
         f"pipe is a {type(pipe).__name__}; DiffusersPipeline runs {', '.join(FAMILIES)}. For others, see genkit.attach, which "
         "guides a diffusers pipeline in its own loop"
     )
+
+
+def network_name(pipe: Any) -> str:
+    """The name of the component that predicts."""
+    return find(pipe).denoisers[0]
 
 
 def request(
@@ -162,7 +165,8 @@ def request(
         negative = [negative] * len(prompt) if isinstance(negative, str) else negative
         if negative is not None and len(negative) != len(prompt):
             raise ValueError(f"negative_prompt has {len(negative)} texts for {len(prompt)} prompts: give one, or one per prompt")
-    network = getattr(pipe, family.network)
+    network = getattr(pipe, network_name(pipe))
+    find(pipe).check_mode(network_name(pipe), network)
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     height, width = (_pixels(network.config, factor, i, size[i], family.by_class) for i in (0, 1))
     indices = class_indices(pipe, labels) if family.by_class else []

@@ -16,9 +16,9 @@ from genkit.denoiser import Guided, TraceLevel
 from genkit.guidance.base import Guidance, is_number
 from genkit.guidance.none import NoGuidance
 from genkit.guidance.trace import Trace
-from genkit.pipelines.attach.course import Course
+from genkit.pipelines.course import Course
 from genkit.pipelines.diffusers_denoiser import DiffusersDenoiser
-from genkit.pipelines.diffusers_families import find_family, request
+from genkit.pipelines.diffusers_families import find_family, network_name, request
 from genkit.pipelines.diffusers_images import decode
 from genkit.pipelines.diffusers_run import Draw, Way, prepared, way_of
 from genkit.pipelines.diffusion import as_guidance
@@ -60,7 +60,7 @@ class DiffusersPipeline:
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.family = pipe, find_family(pipe)
         if getattr(self.network.config, "time_cond_proj_dim", None) is not None:
-            name = f"pipe.{self.family.network}"
+            name = f"pipe.{network_name(pipe)}"
             raise ValueError(
                 f"{name} is given its guidance scale as an input (time_cond_proj_dim), so there is nothing left to guide; use "
                 "the pipeline itself"
@@ -74,7 +74,7 @@ class DiffusersPipeline:
     @property
     def network(self) -> Any:
         """The part that predicts: the UNet or the transformer."""
-        return getattr(self.pipe, self.family.network)
+        return getattr(self.pipe, network_name(self.pipe))
 
     @property
     def components(self) -> dict[str, Any]:

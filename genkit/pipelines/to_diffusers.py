@@ -13,7 +13,7 @@ from genkit import noise
 from genkit.denoiser import Ledger
 from genkit.guidance.base import COND, Branch, Guidance, StepInfo
 from genkit.guidance.none import NoGuidance
-from genkit.pipelines.attach.course import Course
+from genkit.pipelines.course import Course
 from genkit.pipelines.diffusion import as_guidance
 from genkit.pipelines.raw import in_any_space
 from genkit.samplers.diffusion.scheduler_levels import state_of

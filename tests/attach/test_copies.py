@@ -14,7 +14,6 @@ import diffusers
 import torch
 
 from genkit.pipelines.attach import attach
-from genkit.pipelines.attach.network import _time
 from tests.attach.tiny import CASES
 
 SD = CASES["sd"]
@@ -36,7 +35,19 @@ def test_options_are_checked_at_once(options: dict[str, Any], name: str) -> None
 
 
 def test_a_time_between_timesteps_is_not_truncated() -> None:
-    assert _time(torch.tensor([5]), 2, 437.5).tolist() == [437.5, 437.5]
+    """The pipeline gives its network whole numbers, a guidance may ask about a level between two of them."""
+    told: list[float] = []
+    handle = SD.pipe.unet.time_proj.register_forward_pre_hook(lambda _, args: told.extend(args[0].tolist()))
+    try:
+        with attach(SD.pipe, "SelfMinority(1.4, at=2.0, every=1)", seeds=[0, 1]):
+            SD(2.0)
+    finally:
+        handle.remove()
+    alphas = SD.pipe.scheduler.alphas_cumprod
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    above = int((sigmas < 2.0).sum())
+    (t,) = {*told} - {float(t) for t in SD.pipe.scheduler.timesteps}
+    assert above - 1 < t < above, "between the timesteps whose levels are next to 2"
 
 
 def test_a_call_of_the_network_from_a_callback_is_named() -> None:

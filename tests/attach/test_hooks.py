@@ -12,10 +12,11 @@ pytest.importorskip("diffusers")
 import diffusers
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from genkit.pipelines.attach import attach
 from genkit.pipelines.attach.adapters import find
-from tests.attach.tiny import CASES, Case, distance, flux, loaded, scheduler, sd, text, unet
+from tests.attach.tiny import CASES, XL_UNET, Case, distance, flux, lively, loaded, scheduler, sd, sdxl, text, unet
 
 SD = CASES["sd"]
 
@@ -43,13 +44,18 @@ def test_a_second_attach_is_refused_and_harmless() -> None:
 
 
 def test_several_calls_add_up() -> None:
+    """And begin anew: neither who has stopped nor the momentum reaches the next call."""
     with attach(SD.pipe, "Adaptive(CFG(3.0), -1.0)") as run:
-        first = SD(2.0)
-        again = SD(2.0, batch=1)
+        SD(2.0)
+        SD(2.0, batch=1)
     assert run.nfe == [5, 5, 5]
     assert run.calls == 8
     assert run.trace.column("batch") == [0] * 4 + [1] * 4
-    assert distance(again, first[:1]) < 2, "state of one call does not reach the next"
+    with attach(SD.pipe, "APG(3.0, momentum=-0.9)"):
+        first, again = SD(2.0), SD(2.0)
+    assert torch.equal(again, first)
+    with attach(SD.pipe, "APG(3.0)"):
+        assert distance(SD(2.0), first) > 1e-4, "the momentum does nothing: the comparison says nothing"
 
 
 def test_the_signature_stays() -> None:
@@ -154,9 +160,11 @@ def test_guidance_of_the_pipeline_must_be_on() -> None:
         case = CASES[name]
         with attach(case.pipe, "CFG(3.0)"), pytest.raises(ValueError, match=f"pass .*{hint}.*no effect"):
             case(1.0)
+        own = case(1.0)
         with attach(case.pipe, "none"):
             off = case(1.0)
-        assert torch.equal(off, case(1.0)) or distance(off, case(1.0)) < 1e-5
+        assert distance(off, own) < 1e-5
+        assert distance(off, case(2.0)) > 1e-3
 
 
 def test_distilled_networks_have_no_unconditional_branch() -> None:
@@ -198,6 +206,7 @@ def test_other_guidance_of_the_pipeline_is_refused(name: str, argument: dict[str
 def test_a_callback_that_changes_guidance_is_refused() -> None:
     from diffusers.callbacks import SDCFGCutoffCallback
 
+    before = SD(3.0)
     with attach(SD.pipe, "CFG(3.0)"), pytest.raises(ValueError, match="a callback changed the guidance"):
         SD(
             2.0,
@@ -205,7 +214,7 @@ def test_a_callback_that_changes_guidance_is_refused() -> None:
             callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1),
             callback_on_step_end_tensor_inputs=["prompt_embeds"],
         )
-    assert torch.equal(SD(3.0), SD(3.0))
+    assert torch.equal(SD(3.0), before)
 
 
 def test_unknown_pipelines_and_options_are_refused() -> None:
@@ -243,24 +252,34 @@ def test_a_subclass_has_the_adapter_of_its_parent() -> None:
     assert find(Mine.__new__(Mine)) is find(SD.pipe)
 
 
-def test_ip_adapter_embeddings_are_split_with_their_rows() -> None:
-    net = unet()
-    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("make", "name", "options"), [(sd, "sd", {}), (sdxl, "sdxl", XL_UNET)], ids=["sd", "sdxl"])
+def test_ip_adapter_embeddings_are_split_with_their_rows(make: Any, name: str, options: Any, masked: bool) -> None:
+    net = unet(**options)
     net.register_to_config(encoder_hid_dim_type="ip_image_proj")
     net.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(6, 12, 2)])
     kinds = {}
-    for name, processor in net.attn_processors.items():
-        kinds[name] = processor
-        if name.endswith("attn2.processor"):
-            size = net.get_submodule(name.removesuffix(".processor")).to_q.out_features
-            kinds[name] = diffusers.models.attention_processor.IPAdapterAttnProcessor2_0(size, 12, num_tokens=(2,))
+    for key, processor in net.attn_processors.items():
+        kinds[key] = processor
+        if key.endswith("attn2.processor"):
+            size = net.get_submodule(key.removesuffix(".processor")).to_q.out_features
+            kinds[key] = diffusers.models.attention_processor.IPAdapterAttnProcessor2_0(size, 12, num_tokens=(2,))
     net.set_attn_processor(kinds)
-    pipe = sd(unet=net.eval())
+    lively(net)
+    pipe, case = make(unet=net.eval()), CASES[name]
     pipe.set_progress_bar_config(disable=True)
-    image = [torch.cat([torch.zeros(1, 1, 6), torch.ones(1, 1, 6)])]
-    own = SD(3.0, batch=1, pipe=pipe, ip_adapter_image_embeds=image)
+    image: dict[str, Any] = {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 6), torch.ones(1, 1, 6)])]}
+    if masked:
+        half = torch.zeros(1, 1, 8, 8)
+        half[..., :4] = 1
+        image["cross_attention_kwargs"] = {"ip_adapter_masks": [half]}
+    own = case(3.0, batch=1, pipe=pipe, **image)
+    other = {**image, "ip_adapter_image_embeds": [torch.zeros(2, 1, 6)]}
+    assert distance(case(3.0, batch=1, pipe=pipe, **other), own) > 1e-3
     with attach(pipe, "Interval(CFG(3.0), 0, 9, 'step')") as run:
-        got = SD(2.0, batch=1, pipe=pipe, ip_adapter_image_embeds=image)
+        got = case(2.0, batch=1, pipe=pipe, **image)
     assert distance(got, own) < 1e-5
     assert run.nfe == [8]
+    with attach(pipe, "none"):
+        got = case(2.0, batch=1, pipe=pipe, **image)
+    assert distance(got, case(1.0, batch=1, pipe=pipe, **{**image, "ip_adapter_image_embeds": [torch.ones(1, 1, 6)]})) < 1e-5

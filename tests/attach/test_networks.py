@@ -98,3 +98,24 @@ def test_a_network_that_takes_keys_out_of_its_arguments() -> None:
     for guidance in ("CFG(3.0)", "APG(3.0, eta=1.0)"):
         with attach(pipe, guidance):
             assert distance(case(2.0, pipe=pipe, **images), own) < 1e-5
+
+
+def test_ip_adapter_embeddings_of_stable_diffusion_3_are_split_with_their_rows() -> None:
+    case = CASES["sd3"]
+    pipe = quiet(case.make())
+    original = pipe.transformer.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, joint_attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        out = original(*args, joint_attention_kwargs=None, **kwargs)
+        return (out[0] + joint_attention_kwargs["ip_adapter_image_embeds"].mean((1, 2))[:, None, None, None],)
+
+    pipe.transformer.forward = forward
+    images = {"ip_adapter_image_embeds": torch.stack([torch.full((1, 6), v) for v in (-0.3, 0.7)])}
+    own = case(3.0, pipe=pipe, **images)
+    assert distance(case(3.0, pipe=pipe, ip_adapter_image_embeds=images["ip_adapter_image_embeds"].flip(0)), own) > 1e-3
+    with attach(pipe, "CFG(3.0)"):
+        assert distance(case(2.0, pipe=pipe, **images), own) < 1e-5
+    with attach(pipe, "none"):
+        got = case(2.0, pipe=pipe, **images)
+    assert distance(got, case(1.0, pipe=pipe, ip_adapter_image_embeds=torch.full((1, 1, 6), 0.7))) < 1e-5

@@ -61,12 +61,13 @@ def lively(module: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 def scheduler(kind: type = DDIMScheduler, **options: Any) -> Any:
-    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
     if kind is DDIMScheduler:
-        common |= {"clip_sample": False, "set_alpha_to_one": False}
+        common["set_alpha_to_one"] = False
     if kind is diffusers.PNDMScheduler:
         common["skip_prk_steps"] = True
-    return kind(**{**common, **options})
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{**{name: value for name, value in common.items() if name in known}, **options})
 
 
 def sd(kind: str = "StableDiffusionPipeline", net: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -269,10 +270,17 @@ def sdxl_inpaint() -> Any:
     return sdxl("StableDiffusionXLInpaintPipeline", {"in_channels": 9})
 
 
+def seeded(make: Callable[..., Any], *args: Any) -> Any:
+    """What ``make(*args)`` builds, always with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*args)
+
+
 @functools.cache
 def loaded(make: Callable[..., Any], *args: Any) -> Any:
     """What ``make(*args)`` built, saved and loaded again by diffusers."""
-    made = make(*args)
+    made = seeded(make, *args)
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
         absent = {name: None for name, part in made.components.items() if part is None}

@@ -82,16 +82,22 @@ def test_both_terms_of_the_surprise_are_differentiated() -> None:
     torch.testing.assert_close(second - first, -unit)  # of |z - stop(3 z)|
 
 
-def test_optimised_steps_and_the_embedding_that_stays() -> None:
+def test_optimised_steps() -> None:
     made = MinorityPrompt(CFG(3.0), at=1.5, until=1.0, iterations=2)
     run = Run(made, "heun")
     rows = [(row["step"], row["stage"], row["rows"] // 4) for row in run.guided.trace.rows]
     assert rows == [(i, stage, 6 if i < 2 and stage == "step" else 2) for i in range(6) for stage in ("step", "second")][:-1]
-    late = run.guided.state.token
-    assert float((late - MAIN.embed(LABELS)).abs().max()) > 1e-3
-    x = step_info(point(), 3, 6, sigma=0.9)  # no longer optimised
-    run.guided._reached = 0.9  # else the rise of sigma would begin a new run
-    assert float((run.guided(x).denoised - Run(CFG(3.0)).guided(x).denoised).abs().max()) > 1e-4
+    assert float((run.guided.state.token - MAIN.embed(LABELS)).abs().max()) > 1e-3
+
+
+def test_later_steps_see_the_embedding_that_was_found() -> None:
+    run = guided(MinorityPrompt(CFG(3.0), at=1.5, until=1.0, iterations=2))
+    run(step_info(point(), 0, 6, sigma=2.0))
+    found, late = run.state.token, step_info(point(), 3, 6, sigma=0.9)  # no longer optimised
+    assert float((found - MAIN.embed(LABELS)).abs().max()) > 1e-3
+    cond, uncond = look(late.x, 0.9, found), look(late.x, 0.9, MAIN.embed(torch.full((4,), -1)))
+    torch.testing.assert_close(run(late).denoised, uncond + 3 * (cond - uncond))
+    assert torch.equal(run.state.token, found)
 
 
 def test_only_the_main_models_conditional_branch_changes() -> None:

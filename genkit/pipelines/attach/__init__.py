@@ -15,6 +15,7 @@ from genkit.pipelines.attach.adapters import Adapter, find
 from genkit.pipelines.attach.session import Session
 from genkit.pipelines.diffusion import as_guidance
 from genkit.random import check_seeds
+from genkit.samplers.diffusion.scheduler_levels import state_of
 
 REASONS = {
     "direction": "it names another direction of the step, which the pipeline's scheduler does not know (CFG++ has a form "
@@ -80,12 +81,13 @@ def attach(
             _give(bound, call, negative)
         arguments = {**{n: p.default for n, p in call.parameters.items()}, **bound.arguments}
         _refuse(adapter, arguments)
+        state_of(self.scheduler)  # refuses others before anything is computed
         session = Session(self, adapter, arguments, rule, seeds, models or {}, trace)
         with session.installed():
             out = cls.__call__(*bound.args, **bound.kwargs)
         if session.guided is not None:
             run.nfe.extend(session.guided.ledger.nfe)
-            run.calls += session.network.calls
+            run.calls += session.guided.network.calls
             run.trace.extend(session.guided.trace)
         return out
 

@@ -104,6 +104,11 @@ class Adapter:
         parts = [(name, *name.split(".")) for name in self.batched]
         return tuple((name, first, tuple(rest)) for name, first, *rest in parts)
 
+    def check_mode(self, name: str, module: Any) -> None:
+        """Raise ValueError for the network ``pipe.name`` in a mode in which it changes its conditions."""
+        if self.eval_only and module.training:
+            raise ValueError(f"pipe.{name} is in training mode, where it drops labels at random: call pipe.{name}.eval()")
+
 
 RESCALE = ("guidance_rescale", lambda value: (value or 0) > 0, "Rescaled(guidance, phi)")
 SKIP = ("skip_guidance_layers", lambda value: value is not None, "a guidance that skips layers (SLG)")

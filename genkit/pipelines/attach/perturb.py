@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from genkit.guidance.base import Perturbation
 from genkit.models import perturb
+from genkit.pipelines.attach.replace import replaced
 
 Tokens = Literal["all", "first", "last"]
 
@@ -72,16 +73,8 @@ def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     return _found[module]
 
 
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # hooks of offloading
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    return replaced(module, "forward", lambda _, args, kwargs: forward(*args, **kwargs))
 
 
 def _passing(pair: bool) -> Callable[..., Any]:

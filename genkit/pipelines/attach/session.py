@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from genkit import noise
-from genkit.denoiser import Guided, MissingCondition, TraceLevel
-from genkit.guidance.base import COND, UNCOND, Branch, Guidance, StepInfo
+from genkit.denoiser import MissingCondition, TraceLevel
+from genkit.guidance.base import Guidance
 from genkit.guidance.norm_matched import NormMatched
 from genkit.pipelines.attach.adapters import Adapter, Arguments
-from genkit.pipelines.attach.course import Course
-from genkit.pipelines.attach.network import Call, Network, Other, conditions, named, unwrapped
+from genkit.pipelines.attach.call import Call, Layout, layout, parameters, unwrapped
+from genkit.pipelines.attach.guided import Attached
+from genkit.pipelines.attach.network import Network
+from genkit.pipelines.attach.replace import Answer, replaced
+from genkit.pipelines.course import Course, Place
 from genkit.pipelines.raw import in_any_space
 
 
@@ -25,22 +28,6 @@ class Deferred:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-
-
-class Attached(Guided):
-    """A run whose network can be called as the pipeline called it, which saves taking the call apart and packing it again."""
-
-    #: The point at which the calls may be made as they came, if they hold both branches.
-    x: Tensor | None = None
-
-    def evaluate(self, info: StepInfo, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
-        if self.x is None or info.x is not self.x or branches != (COND, UNCOND):
-            return super().evaluate(info, branches)
-        self._asked += branches
-        self.ledger.count(2)
-        self.ledger.calls += 1
-        made: dict[str, Tensor] = self.models["main"].both(info.x)
-        return made
 
 
 class Session:
@@ -67,9 +54,8 @@ class Session:
         self.seeds, self.models, self.trace = seeds, models, trace
         self.guided: Attached | None = None
         self.held: tuple[Call, Tensor] | None = None  # the first of two calls, and what it was answered
-        self.seen: list[tuple[Tensor, int]] = []
         self.evaluating = False
-        self.channels: int | None = None  # of the noisy image, once it is known
+        self.layout: Layout | None = None  # of the network's input, once it is known
 
     # ---- taking over ----
 
@@ -81,10 +67,10 @@ class Session:
                 module = getattr(self.pipe, name, None)
                 if module is not None:
                     self._check(name, module)
-                    stack.enter_context(_replaced(module, functools.partial(self._denoise, module)))
+                    stack.enter_context(_replaced(module, functools.partial(self._denoise, module, parameters(module))))
             control = getattr(self.pipe, self.adapter.control) if self.adapter.control else None
             if control is not None and not self.arguments.get("guess_mode") and not _pooled(control):
-                stack.enter_context(_replaced(control, functools.partial(self._defer, control)))
+                stack.enter_context(_replaced(control, functools.partial(self._defer, control, parameters(control))))
             yield
         if self.held is not None:
             raise RuntimeError("the pipeline ended between the two calls of a step: genkit.attach does not know this pipeline")
@@ -101,8 +87,7 @@ class Session:
                 f"pipe.{name} is a {type(module).__name__}, no nn.Module, so its calls cannot be taken over: put the network "
                 f"of diffusers there"
             )
-        if self.adapter.eval_only and module.training:
-            raise ValueError(f"pipe.{name} is in training mode, where it drops labels at random: call pipe.{name}.eval()")
+        self.adapter.check_mode(name, module)
         if getattr(unwrapped(module), "is_cache_enabled", False):
             raise ValueError(
                 f"pipe.{name} caches features between steps, which a guidance that skips evaluations would make stale: "
@@ -117,118 +102,108 @@ class Session:
 
     # ---- the calls of the pipeline ----
 
-    def _defer(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        channels = self.adapter.channels(unwrapped(self._denoiser()).config)
-        call = Call(self.adapter, module, forward, named(module, args, kwargs), channels)
+    def _defer(
+        self, module: nn.Module, names: tuple[str, ...], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments
+    ) -> Any:
+        arguments = dict(zip(names, args, strict=False), **kwargs)
+        call = Call(self.adapter, module, forward, arguments, self.layout or self._layout(arguments))
         return Deferred(call), Deferred(call)
 
-    def _denoise(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _denoise(
+        self, module: nn.Module, names: tuple[str, ...], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments
+    ) -> Any:
         if self.evaluating:  # the guidance itself calls the network, as a model of another name
             return forward(*args, **kwargs)
-        arguments = named(module, args, kwargs)
-        residual = arguments.get("mid_block_additional_residual")
+        arguments = dict(zip(names, args, strict=False), **kwargs)
+        residual = None if self.adapter.control is None else arguments.get("mid_block_additional_residual")
         control = residual.call if isinstance(residual, Deferred) else None
-        call = Call(self.adapter, module, forward, arguments, self.channels, control)
-        self.channels = call.channels
+        form = self.layout or self._layout(arguments)
+        call = Call(self.adapter, module, forward, arguments, form, control)
         if self.guided is None:
             self._begin(call)
         self._watch(call)
-        place = self.course.place(arguments[self.adapter.timestep])
-        calls: tuple[Call, ...] = (call,)
-        if self.doubled and self.adapter.order == "two calls":
-            if self.held is None:
-                self.held = call, torch.empty_like(call.x)
-                return self._answer(call, self.held[1])
-            first, answer = self.held
-            self.held, calls = None, (first, call)
-        assert self.guided is not None
-        self.network.at(place, calls)
-        self._condition(calls)
-        x = self._half(calls[0].x)
-        info = place.info(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
-        # Not two calls: a pipeline may have changed the first one's containers by the time of the second.
-        self.guided.x = info.x if self.doubled and control is None and len(calls) == 1 else None
+        place = self.course.place(arguments[self.adapter.timestep], again=self.held is not None)
+        if not self.paired:
+            raw = self._guide(place, call)
+            return self._output(call, form.padded(torch.cat((raw, raw)) if self.doubled else raw))
+        _ = call.batched  # the pipeline may change the call's containers before the second
+        if self.held is None:
+            self.held = call, torch.empty_like(form.padded(call.x))
+            return self._output(call, self.held[1])
+        (first, answer), self.held = self.held, None
+        answer.copy_(form.padded(self._guide(place, first, call)))
+        return self._output(call, answer)
+
+    def _guide(self, place: Place, *calls: Call) -> Tensor:
+        """The guided prediction for the images of one call, or of two, in the space and with the sign of the network's."""
+        first, guided, course = calls[0], self.guided, self.course
+        assert guided is not None
+        x = first.x if self.half is None else first.x[self.half]
+        guided.at(place, calls, whole=self.half is not None and first.control is None)
+        info = place.info(x.float() if self.low else x)
         self.evaluating = True
         try:
-            result = self.guided(info).absorbed(info)
+            raw = guided(info).absorbed(info).denoised
         except MissingCondition as error:
             raise ValueError(self._missing(str(error))) from error
         finally:
             self.evaluating = False
-        raw = result.denoised.detach()
-        if not self.network.raw:
-            raw = noise.from_x0(raw, info.x, info.alpha, info.s, self.course.space)
+        if not guided.network.raw:
+            raw = noise.from_x0(raw, info.x, info.alpha, info.s, course.space)
             raw = raw if self.adapter.sign == 1 else -raw
-        raw = raw.to(x.dtype)
+        if raw.dtype != x.dtype:
+            raw = raw.to(x.dtype)
         if self.normed:  # the pipeline divides by the norm of each token
             raw = torch.where(raw.abs().amax(-1, keepdim=True) > 0, raw, _tiny(raw.dtype))
-        if len(calls) == 2:
-            answer.copy_(raw)
-            return self._answer(call, raw)
-        return self._answer(call, torch.cat([raw, raw]) if self.doubled else raw)
+        return raw.detach() if raw.requires_grad else raw
 
     # ---- the run ----
+
+    def _layout(self, arguments: Mapping[str, Any]) -> Layout:
+        self.layout = layout(self.adapter, unwrapped(self._denoiser()).config, arguments)
+        return self.layout
 
     def _begin(self, call: Call) -> None:
         adapter = self.adapter
         call.check()
         self.doubled = adapter.order != "cond" and adapter.guided(self.pipe, self.arguments)
+        self.paired = self.doubled and adapter.order == "two calls"
         time, evaluations = call.arguments[adapter.timestep], getattr(self.pipe, "_num_timesteps", None)
         self.course = Course(self.pipe.scheduler, adapter.clock(self.pipe), time, evaluations)
-        self.rows = len(call.x)
-        self.batch = self.rows // 2 if self.doubled and adapter.order != "two calls" else self.rows
+        self.rows, self.low = len(call.x), call.x.dtype in (torch.float16, torch.bfloat16)
+        batch = self.rows
+        self.half: slice | None = None  # the conditional rows of a call that holds both branches
+        if self.doubled and not self.paired:
+            batch = self.rows // 2
+            self.half = slice(0, batch) if adapter.order.startswith("cond") else slice(batch, None)
         self.normed = self.doubled and adapter.normed(self.arguments)
         rule = NormMatched(self.guidance, axis=-1) if self.normed else self.guidance
-        self.network = Network(self.course, adapter, raw=in_any_space(rule) and self.trace != "full")
-        kind = type(unwrapped(call.module))
-        others = {k: Other(self.network, m) if isinstance(m, kind) else m for k, m in self.models.items()}
-        self.guided = Attached({"main": self.network, **others}, rule, {}, self.batch, self.trace, self.seeds)
-        self.scales = self._scales()
+        network = Network(self.course, adapter, raw=in_any_space(rule) and self.trace != "full")
+        self.guided = Attached(network, self.models, type(unwrapped(call.module)), rule, batch, self.trace, self.seeds)
+        own = self.pipe.__dict__
+        self.scales = own.get("_guidance_scale"), own.get("_guidance_rescale")
 
     def _watch(self, call: Call) -> None:
         """Refuse what a callback of the pipeline changed half-way."""
-        if call.x.shape[0] != self.rows and self._scales() == self.scales:
+        own = self.pipe.__dict__
+        scales = own.get("_guidance_scale"), own.get("_guidance_rescale")
+        if scales != self.scales:
+            raise ValueError(
+                f"a callback changed the guidance of the pipeline during the run (guidance scale {self.scales[0]} to "
+                f"{scales[0]}); leave it out, attach decides where guidance acts: "
+                f"write for example Interval({self.guidance!r}, 0, 0.5, 'fraction')"
+            )
+        if call.whole.shape[0] != self.rows:
             raise ValueError(
                 f"the network was called with {len(call.x)} rows after {self.rows}: a call from outside the pipeline's loop, as "
                 f"by a callback, is not supported inside attach, nor is a callback that changes the batch"
             )
-        if self._scales() != self.scales:
-            raise ValueError(
-                f"a callback changed the guidance of the pipeline during the run (guidance scale {self.scales[0]} to "
-                f"{self._scales()[0]}); leave it out, attach decides where guidance acts: "
-                f"write for example Interval({self.guidance!r}, 0, 0.5, 'fraction')"
-            )
         if call.arguments.get("skip_layers") is not None:
             raise ValueError("skip_layers: the pipeline's own layer skipping is not compatible with attach")
 
-    def _scales(self) -> tuple[Any, ...]:
-        own = self.pipe.__dict__
-        return own.get("_guidance_scale"), own.get("_guidance_rescale")
-
-    def _half(self, rows: Tensor) -> Tensor:
-        if rows.shape[0] == self.batch:
-            return rows
-        return rows[: self.batch] if self.adapter.order.startswith("cond") else rows[self.batch :]
-
-    def _condition(self, calls: tuple[Call, ...]) -> None:
-        """Give the run the calls' conditions, anew only if they changed: it keeps them packed."""
-        now = [(t, 0 if t.is_inference() else t._version) for call in calls for t in call.batched.values()]
-        if (
-            not self.seen
-            or len(now) != len(self.seen)
-            or any(a is not b or v != w for (a, v), (b, w) in zip(now, self.seen, strict=True))
-        ):
-            assert self.guided is not None
-            self.guided.condition_on(conditions(calls, self.adapter.order, self.batch))
-            self.seen = now
-
-    def _answer(self, call: Call, raw: Tensor) -> Any:
-        """``raw`` in the form of the network's own output."""
-        out: Any = raw
-        if self.adapter.lists:
-            out = list(raw.unbind())
-        elif self.adapter.axis == 1 and call.channels > raw.shape[1]:  # a learned sigma, which the pipeline drops
-            out = torch.cat([raw, raw.new_zeros(len(raw), call.channels - raw.shape[1], *raw.shape[2:])], 1)
+    def _output(self, call: Call, whole: Tensor) -> Any:
+        """``whole`` in the form of the network's own output."""
+        out: Any = list(whole.unbind()) if self.adapter.lists else whole
         if not call.arguments.get("return_dict", True):
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -268,22 +243,6 @@ def _pooled(control: nn.Module) -> bool:
     return bool(getattr(unwrapped(first).config, "global_pool_conditions", False))
 
 
-@contextmanager
-def _replaced(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+def _replaced(module: nn.Module, answer: Answer) -> AbstractContextManager[None]:
     """Inside, a call of ``module`` goes to ``answer(original, args, kwargs)``; hooks and compilers around forward stay inside."""
-    name = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
-    own, original = name in module.__dict__, getattr(module, name)
-
-    @functools.wraps(original)
-    def mine(*args: Any, **kwargs: Any) -> Any:
-        return answer(original, args, kwargs)
-
-    setattr(module, name, mine)
-    try:
-        yield
-    finally:
-        if module.__dict__.get(name) is mine:  # offloading may have put its own hooks back in the meantime
-            if own:
-                setattr(module, name, original)
-            else:
-                delattr(module, name)
+    return replaced(module, "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl", answer)

@@ -1,13 +1,13 @@
-"""Where a diffusers scheduler stands in a run: steps, stages and noise levels, read from its own tables."""
+"""Where a diffusers scheduler stands in a run: steps, stages, noise levels and timesteps, read from its own tables."""
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from genkit.guidance.base import Stage, StepInfo
@@ -54,50 +54,65 @@ class Course:
         self.timesteps = [float(t) for t in scheduler.timesteps.tolist()]
         self.numbers = {t: i for i, t in reversed(list(enumerate(self.timesteps)))}  # the first of equal ones
         self.table: list[float] = (scheduler.alphas_cumprod if self.state == "discrete" else scheduler.sigmas).tolist()
-        self.indexed = hasattr(scheduler, "step_index")
         self.counts = hasattr(scheduler, "prk_timesteps")  # PNDM, which counts its evaluations and not its list
+        self.indexed = hasattr(scheduler, "step_index") and not self.counts
         self.first = self._position(time)
+        self.last = self.first - 1
         left = len(self.timesteps) - self.first
         self.places = self._places(min(evaluations or left, left))
 
-    def place(self, time: Any) -> Place:
-        """The evaluation the scheduler waits for; ``time``, what the network is told, is read where it keeps no count."""
-        return self.places[self._position(time) - self.first]
+    def place(self, time: Any, again: bool = False) -> Place:
+        """The evaluation the scheduler waits for; ``time``, what the network is told, is read where it keeps no count.
+
+        Raises ValueError if it is not after the last one, or with ``again`` the last one still.
+        """
+        position = self.first + int(self.scheduler.counter) if self.counts else self._position(time)
+        if position < self.last or (position == self.last and not again):
+            raise ValueError(
+                "the network was called twice in one step: a call from outside the pipeline's loop, as by a callback or by a "
+                "pipeline around the same network, is not supported inside attach; give it a copy of the network"
+            )
+        self.last = position
+        return self.places[position - self.first]
 
     def time(self, sigma: float) -> float:
         """What the network is told at a noise level."""
         a, b = self.clock
-        return a * self._timestep(sigma) + b
+        return a * self.timestep(sigma) + b
 
-    def _timestep(self, sigma: float) -> float:
-        """The training timestep of a noise level, between the entries of the table as schedulers interpolate."""
-        config = self.scheduler.config
+    def timestep(self, sigma: float) -> float:
+        """The timestep of a noise level.
+
+        A level that the run visits has the scheduler's own. Between them it is interpolated in ln(sigma) over the table of
+        training levels, and held at its ends; for a flow it is ``t = sigma / (1 + sigma)`` of the training steps.
+        """
+        near = min(self._visited, key=lambda level: abs(_angle(level) - _angle(sigma)))
+        if math.isclose(_angle(near), _angle(sigma), rel_tol=1e-6):
+            return self._visited[near]
         if self.path is FLOW:
-            return float(config.num_train_timesteps * (1.0 if math.isinf(sigma) else sigma / (1 + sigma)))
-        table = self._training
-        wanted = min(max(math.log(max(sigma, 1e-12)), table[0]), table[-1])
-        above = bisect.bisect_left(table, wanted)
-        if above == 0:
-            return 0.0
-        return above - (table[above] - wanted) / (table[above] - table[above - 1])
+            return float(self.scheduler.config.num_train_timesteps * FLOW(sigma)[1])
+        return float(np.interp(math.log(max(sigma, 1e-12)), self._trained, np.arange(len(self._trained))))
 
     @cached_property
-    def _training(self) -> list[float]:
-        """ln sigma of every training timestep, rising."""
-        alphas = self.scheduler.alphas_cumprod
-        pairs = zip((1 - alphas).tolist(), alphas.tolist(), strict=True)
-        return [math.log(max(rest, 1e-12) / max(alpha, 1e-12)) / 2 for rest, alpha in pairs]
+    def _visited(self) -> dict[float, float]:
+        return {place.level: t for place, t in zip(self.places, self.timesteps[self.first :], strict=False)}
+
+    @cached_property
+    def _trained(self) -> np.ndarray:
+        """ln(sigma) of each training timestep; the last may stand for pure noise."""
+        abar = self.scheduler.alphas_cumprod.double().clamp(1e-12, 1 - 1e-12).cpu().numpy()
+        found: np.ndarray = np.log((1 - abar) / abar) / 2
+        return found
 
     def _position(self, time: Any) -> int:
         """Index into ``scheduler.timesteps`` of the evaluation that comes next."""
-        if self.counts and hasattr(self, "first"):
-            return self.first + int(self.scheduler.counter)
-        if self.indexed and not self.counts:
-            known = self.scheduler.begin_index if self.scheduler.step_index is None else self.scheduler.step_index
+        if self.indexed:
+            known = self.scheduler.step_index
+            known = self.scheduler.begin_index if known is None else known
             if known is not None:
                 return int(known)
-        first = float(time.max() if isinstance(time, Tensor) else time)
-        timestep = (first - self.clock[1]) / self.clock[0]
+        told = time if not isinstance(time, Tensor) else time.max().item() if time.ndim else time.item()
+        timestep = (told - self.clock[1]) / self.clock[0]
         known = self.numbers.get(timestep)
         return known if known is not None else min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
 
@@ -136,3 +151,11 @@ class Course:
             Place(step, total, step / (total - 1) if total > 1 else 0.0, stage, begin[step], begin[step + 1], *known[i])
             for i, (step, stage) in enumerate(stages)
         ]
+
+
+def _angle(sigma: float) -> float:
+    """Noise levels on a scale on which all of them differ, inf too."""
+    return math.atan(sigma)
+
+
+__all__ = ["Course", "Place"]
