@@ -111,10 +111,45 @@ def classifier() -> str:
     return "\n".join(lines)
 
 
+def minority() -> str:
+    with safe_open(ASSETS / "minority.safetensors", framework="pt") as file:
+        header = file.metadata() or {}
+        count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    about, config = json.loads(header["about"]), json.loads(header["config"])
+    r, shares = (
+        about["recipe"],
+        "; ".join(
+            f"sigma {sigma}: {found['exact']:.0%} exactly, {found['within_one']:.0%} within one"
+            for sigma, found in about["held_out"].items()
+        ),
+    )
+    lines = [
+        "## Minority classifier",
+        "",
+        "`minority.safetensors`: the level of rarity of a noisy image, for `MinorityGuidance` (model `minority`).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | CIFAR-10 (JPEG copy), 50,000 training images less {r['held_out']:.0%} held out |",
+        f"| levels | {r['levels']} quantile bins of the minority score: distance in the {about['distance']} to what the "
+        f"diffusion model restores at sigma {r['sigma']:g}, mean of {r['draws']} noises |",
+        f"| network | {count / 1e6:.2f} M weights, channels {config['channels']} |",
+        f"| training | {r['images']:,} images, batch {r['batch']}, AdamW, lr {r['lr']}, "
+        f"ln sigma ~ N({r['p_mean']}, {r['p_std']}^2), {about['seconds'] / 60:.0f} minutes after scoring |",
+        f"| hardware | {about['hardware']} |",
+        f"| held-out images, right level | {shares}; by chance {1 / r['levels']:.0%} exactly |",
+        "",
+        "```",
+        "python -m genkit.training.minority --data cifar10_jpeg.npz --export",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     card = ASSETS / "README.md"
     text = card.read_text()
-    block = f"{MARKS[0]}\n{section()}\n\n{classifier()}\n{MARKS[1]}"
+    block = f"{MARKS[0]}\n{section()}\n\n{classifier()}\n\n{minority()}\n{MARKS[1]}"
     found = re.search(f"{MARKS[0]}.*?{MARKS[1]}", text, re.DOTALL)
     card.write_text(text.replace(found.group(0), block) if found else f"{text.rstrip()}\n\n{block}\n")
 

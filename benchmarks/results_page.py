@@ -37,23 +37,61 @@ def table(run: dict[str, Any]) -> list[str]:
 
 
 def every_method(run: dict[str, Any]) -> list[str]:
-    """The long table: every method at a few strengths, without intervals of the columns that are not compared."""
+    """The long table: every method at a few strengths."""
     g, first = run["generation"], run["guidances"][0]
     names = ("frechet", "precision", "recall", "density", "coverage", "saturation")
     titles = [first["metrics"][name]["title"] for name in names]
     about = (
         f"{first['n']:,} images per guidance on shared seeds and labels, {g['steps']} steps of `{g['sampler']}` unless another "
-        "sampler is named; with the 95 % bootstrap interval of the distance. Formulas and sources: [guidance.md](guidance.md)."
+        "sampler is named; with 95 % bootstrap intervals. Formulas and sources: [guidance.md](guidance.md)."
     )
     lines = [f"| guidance | NFE | {' | '.join(titles)} | CPU s / image |", "|---|" + "---:|" * (len(names) + 2)]
     for entry in run["guidances"]:
         cost, metrics = entry["cost"], entry["metrics"]
         sampler = f" ({entry['sampler']})" if "sampler" in entry else ""
-        cells = [cell(metrics["frechet"]), *(format_number(metrics[name]["value"]) for name in names[1:])]
+        cells = [cell(metrics[name]) for name in names]
         lines.append(
             f"| `{entry['label']}`{sampler} | {cost['nfe_mean']:.1f} | {' | '.join(cells)} | {cost['seconds_cpu']:.3f} |"
         )
     return ["## Every method", "", made_with(run), "", about, "", *lines, ""]
+
+
+def equal_nfe(run: dict[str, Any]) -> list[str]:
+    """Ways to spend the same number of evaluations, group by group."""
+    g, first = run["generation"], run["guidances"][0]
+    about = (
+        f"Scale {run['scale']:g}, `{g['sampler']}`, {first['n']:,} images each on shared seeds and labels. LinearAG is fitted on "
+        "64 other images; without coefficients it uses the last difference of the branches again. The thresholds of Adaptive "
+        "were set so that its mean number of evaluations meets the budget."
+    )
+    names = ("frechet", "precision", "recall")
+    titles = [first["metrics"][name]["title"] for name in names]
+    lines = [f"| budget | NFE | steps | guidance | {' | '.join(titles)} |", "|---:|---:|---:|---|" + "---:|" * len(names)]
+    for e in run["guidances"]:
+        label = e["label"] if e["until"] is None else f"LinearAG({run['scale']}, until={e['until']}), fitted"
+        figures = " | ".join(cell(e["metrics"][name]) for name in names)
+        lines.append(f"| {e['budget']} | {e['cost']['nfe_mean']:.1f} | {e['steps']} | `{label}` | {figures} |")
+    return ["## At equal evaluations", "", made_with(run), "", about, "", *lines, ""]
+
+
+def minority(run: dict[str, Any]) -> list[str]:
+    r = run["recipe"]
+    about = (
+        f"{run['images']:,} images on shared seeds and labels, {run['steps']} steps of `{run['sampler']}`. The minority score of "
+        "an image is its distance, in the features of the built-in classifier, to what the diffusion model restores from it at "
+        f"sigma {r['sigma']:g}, mean of {r['draws']} noises. Change: from no guidance on the same seed, mean with its 95 % "
+        "bootstrap interval. The last columns are shares of images in the rarest and the commonest tenth of the training images; "
+        "the grey lines of the plot are these tenths."
+    )
+    head = "| guidance | NFE | mean score | change | rarest tenth | commonest tenth |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    for e in run["rows"]:
+        low, high = e["interval"]
+        change = f"{e['change']:+.3f} <sub>{low:+.3f} - {high:+.3f}</sub>" if e["change"] else ""
+        shares = f"{e['rarest_tenth']:.1%} | {e['commonest_tenth']:.1%}"
+        lines.append(f"| `{e['guidance']}` | {e['nfe']:.1f} | {e['mean']:.3f} | {change} | {shares} |")
+    picture = ["![Distribution of minority scores](images/minority.png)", ""]
+    return ["## Minority guidance", "", made_with(run), "", about, "", *lines, "", *picture]
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -113,6 +151,22 @@ def overhead(run: dict[str, Any]) -> list[str]:
     return [*lines, text, "", "| loop | us / step |", "|---|---:|", *rows, ""]
 
 
+def attach_overhead(run: dict[str, Any]) -> list[str]:
+    lines = ["## Overhead of `genkit.attach`", "", made_with(run), ""]
+    text = (
+        "CPU microseconds from one call of the network to the next in a diffusers pipeline, with a no-op network, batch "
+        f"{run['batch']}, one thread, of each step the minimum of {run['repeats']} interleaved runs; and what is added to the "
+        "pipeline with its own CFG, which gives the network the same rows as CFG attached. Load average of the machine "
+        f"meanwhile: {run['load_average']:g}."
+    )
+    rows = []
+    for name, value in run["us_per_call"].items():
+        scheduler, guidance = name.split(", ", 1)
+        added = run["added_us_per_call"].get(name)
+        rows.append(f"| {scheduler} | {guidance} | {value:.0f} | {'' if added is None else f'{added:+.0f}'} |")
+    return [*lines, text, "", "| scheduler | guidance | us / call | added |", "|---|---|---:|---:|", *rows, ""]
+
+
 def savings(run: dict[str, Any]) -> list[str]:
     lines = ["## Time follows the rows evaluated", "", made_with(run), ""]
     way = f"batch {run['batch']}, {run['steps']} steps, one thread, {run['repeats']} interleaved rounds (median of the shares)"
@@ -123,6 +177,22 @@ def savings(run: dict[str, Any]) -> list[str]:
         figures = f"{r['rows_per_image']:.1f} | {r['ms_per_image']:.1f} | {r['share']['rows']:.3f} | {r['share']['time']:.3f}"
         rows.append(f"| `{name}` | {figures} |")
     return [*lines, text, "", *head, *rows, ""]
+
+
+def decoding(run: dict[str, Any]) -> list[str]:
+    lines = ["## Autoregressive decoding beside the official code", "", made_with(run), ""]
+    text = (
+        f"CPU seconds for the tokens of an image, batch {run['batch']}, with CFG, in float32 and one thread, with the same "
+        f"random weights and numbers; {run['rounds']} interleaved rounds, of each step the fastest. Matrix products: "
+        "those of the blocks and the head alone, which every loop must do."
+    )
+    head = ["| model | official | genkit | times as fast | matrix products | equal tokens | cache, MB |"]
+    rows = []
+    for name, r in run["models"].items():
+        seconds, equal = r["seconds"], f"{r['equal_tokens']} of {r['tokens']}"
+        figures = f"{seconds['official']:.2f} | {seconds['genkit']:.2f} | {r['ratio']:.2f} | {seconds['matmuls']:.2f}"
+        rows.append(f"| {name} | {figures} | {equal} | {r['cache_bytes'] / 1e6:.1f} |")
+    return [*lines, text, "", *head, "|---|---:|---:|---:|---:|---:|---:|", *rows, ""]
 
 
 def branches(run: dict[str, Any]) -> list[str]:
@@ -177,9 +247,13 @@ def main() -> None:
         lines += [*quality(run), "## The papers' claims", "", *claims(run), ""]
         lines += [(DOCS / "findings.md").read_text().strip(), ""]
     lines += every_method(runs["methods"]) if "methods" in runs else []
+    lines += equal_nfe(runs["equal_nfe"]) if "equal_nfe" in runs else []
+    lines += minority(runs["minority"]) if "minority" in runs else []
     lines += branches(runs["branch_cosine"]) if "branch_cosine" in runs else []
     lines += overhead(runs["overhead"]) if "overhead" in runs else []
+    lines += attach_overhead(runs["attach_overhead"]) if "attach_overhead" in runs else []
     lines += savings(runs["savings"]) if "savings" in runs else []
+    lines += decoding(runs["autoregressive_speed"]) if "autoregressive_speed" in runs else []
     (DOCS / "results.md").write_text("\n".join(lines))
 
 

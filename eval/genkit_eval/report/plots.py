@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
@@ -64,6 +67,25 @@ def _title(entries: list[dict[str, Any]], name: str) -> str:
     return "network evaluations per image (NFE)" if name == "nfe" else str(entries[0]["metrics"][name]["title"])
 
 
+def distributions(samples: dict[str, list[float]], axis: str, marks: Sequence[float] = ()) -> bytes:
+    """Smoothed densities of one quantity, a line for each name; ``marks`` are drawn as thin vertical lines."""
+    figure = Figure(figsize=(6.2, 4.0 + 0.08 * max(0, len(samples) - 5)), layout="constrained")
+    ax = figure.subplots()
+    values = np.concatenate([np.asarray(found) for found in samples.values()])
+    grid = np.linspace(values.min(), np.quantile(values, 0.999), 300)
+    for mark in marks:
+        if grid[0] < mark < grid[-1]:
+            ax.axvline(mark, color="0.85", lw=0.8, zorder=0)
+    for index, (name, found) in enumerate(samples.items()):
+        ax.plot(grid, gaussian_kde(found)(grid), color=colour(index), lw=1.6, label=name)
+    ax.set_xlabel(axis)
+    ax.set_ylabel("density")
+    _plain(ax)
+    ax.grid(False, axis="x")  # vertical lines are marks
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1 if len(samples) < 4 else 2)
+    return _png(figure)
+
+
 TRACED = {
     "weight": "guidance weight",
     "cosine": "cosine of cond. and uncond.",
@@ -72,34 +94,39 @@ TRACED = {
 
 
 def traces(entries: list[dict[str, Any]]) -> bytes | None:
-    """Weight, cosine and rows over sigma for the first block of each guidance; None when nothing was traced."""
-    quantities = [q for q in TRACED if any(_series(entry, q)[0] for entry in entries)]
+    """Weight, cosine and rows over sigma for the first block of each guidance; None when nothing was traced.
+
+    Over the steps where there are no noise levels, as with tokens.
+    """
+    along = "sigma" if any(row.get("sigma") for entry in entries for row in entry["trace"]) else "step"
+    quantities = [q for q in TRACED if any(_series(entry, q, along)[0] for entry in entries)]
     if not quantities:
         return None
     figure = Figure(figsize=(6.2, 2.3 * len(quantities)), layout="constrained")
     axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
     for ax, quantity in zip(axes, quantities, strict=True):
         for index, entry in enumerate(entries):
-            sigma, values = _series(entry, quantity)
+            places, values = _series(entry, quantity, along)
             # Thinner towards the last, so that lines which coincide stay visible.
             width = max(1.0, 4.0 - 0.7 * index)
             style = "default" if quantity == "cosine" else "steps-mid"
             shown = {"marker": marker(index), "color": colour(index), "label": entry["label"], "drawstyle": style}
-            ax.plot(sigma, values, ms=3, lw=width, alpha=0.85, **shown)
+            ax.plot(places, values, ms=3, lw=width, alpha=0.85, **shown)
         ax.set_ylabel(TRACED[quantity], fontsize=9)
-        ax.set_xscale("log")
+        ax.set_xscale("log" if along == "sigma" else "linear")
         _plain(ax)
-    axes[0].invert_xaxis()
-    axes[-1].set_xlabel("sigma (noise level; sampling runs from left to right)")
+    if along == "sigma":
+        axes[0].invert_xaxis()
+    axes[-1].set_xlabel("sigma (noise level; sampling runs from left to right)" if along == "sigma" else "step")
     axes[-1].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=1 if len(entries) < 4 else 2)
     return _png(figure)
 
 
-def _series(entry: dict[str, Any], quantity: str) -> tuple[list[float], list[float]]:
-    """(sigma, value) of the first evaluation of each step."""
-    rows = [row for row in entry["trace"] if row.get("stage", "step") == "step" and row.get("sigma")]
+def _series(entry: dict[str, Any], quantity: str, along: str) -> tuple[list[float], list[float]]:
+    """(place, value) of the first evaluation of each step; ``along`` is ``"sigma"`` or ``"step"``."""
+    rows = [row for row in entry["trace"] if row.get("stage", "step") == "step" and (row.get("sigma") or along == "step")]
     if quantity == "share":
-        points = [(row["sigma"], row["rows"] / row["images"]) for row in rows if row.get("rows") and row.get("images")]
+        points = [(row[along], row["rows"] / row["images"]) for row in rows if row.get("rows") and row.get("images")]
     else:
-        points = [(row["sigma"], row[quantity]) for row in rows if row.get(quantity) is not None]
+        points = [(row[along], row[quantity]) for row in rows if row.get(quantity) is not None]
     return [p[0] for p in points], [p[1] for p in points]
