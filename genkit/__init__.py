@@ -10,20 +10,46 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from genkit.denoiser import EDMDenoiser, Guided
     from genkit.guidance import APG, CFG, Adaptive, Guidance, Interval, NoGuidance, Scheduled, Trace, parse, preset
-    from genkit.pipelines import ClassPipeline, DiffusersPipeline, Output, load
+    from genkit.pipelines import (
+        ClassPipeline,
+        DiffusersPipeline,
+        FlowScalePipeline,
+        Output,
+        ScalePipeline,
+        Speculative,
+        TokenPipeline,
+        load,
+    )
     from genkit.pipelines.attach import attach
     from genkit.pipelines.to_diffusers import to_diffusers
     from genkit.samplers import SAMPLERS, Sampler, sample
+    from genkit.samplers.autoregressive.filters import Filters
+    from genkit.samplers.autoregressive.flow_scale import flowar_guidance
+    from genkit.samplers.autoregressive.next_scale import known_tokens, var_guidance
+    from genkit.samplers.autoregressive.speculative import DynamicTree, Exact, Lantern, ModelDrafter, StaticTree
 
 _HOME = {
     "genkit.denoiser": ("EDMDenoiser", "Guided"),
     "genkit.guidance": ("APG", "CFG", "Adaptive", "Guidance", "Interval", "NoGuidance", "Scheduled", "Trace", "parse", "preset"),
-    "genkit.pipelines": ("ClassPipeline", "DiffusersPipeline", "Output", "load"),
+    "genkit.pipelines": (
+        "ClassPipeline",
+        "DiffusersPipeline",
+        "FlowScalePipeline",
+        "Output",
+        "ScalePipeline",
+        "Speculative",
+        "TokenPipeline",
+        "load",
+    ),
     "genkit.pipelines.attach": ("attach",),
     "genkit.pipelines.to_diffusers": ("to_diffusers",),
     "genkit.samplers": ("SAMPLERS", "Sampler", "sample"),
+    "genkit.samplers.autoregressive.filters": ("Filters",),
+    "genkit.samplers.autoregressive.flow_scale": ("flowar_guidance",),
+    "genkit.samplers.autoregressive.next_scale": ("known_tokens", "var_guidance"),
+    "genkit.samplers.autoregressive.speculative": ("DynamicTree", "Exact", "Lantern", "ModelDrafter", "StaticTree"),
 }
-_MODULES = ("denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "training")
+_MODULES = ("denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "tokenizers", "training")
 
 __all__ = [
     "APG",
@@ -32,21 +58,34 @@ __all__ = [
     "Adaptive",
     "ClassPipeline",
     "DiffusersPipeline",
+    "DynamicTree",
     "EDMDenoiser",
+    "Exact",
+    "Filters",
+    "FlowScalePipeline",
     "Guidance",
     "Guided",
     "Interval",
+    "Lantern",
+    "ModelDrafter",
     "NoGuidance",
     "Output",
     "Sampler",
+    "ScalePipeline",
     "Scheduled",
+    "Speculative",
+    "StaticTree",
+    "TokenPipeline",
     "Trace",
     "attach",
+    "flowar_guidance",
+    "known_tokens",
     "load",
     "parse",
     "preset",
     "sample",
     "to_diffusers",
+    "var_guidance",
 ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Logits(NamedTuple):
@@ -33,10 +33,25 @@ class LayerCache(NamedTuple):
 
     cache: KeyValueCache
     layer: int
-    start: int
+    start: int | Tensor
 
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.update(self.layer, k, v, self.start)
+
+
+class Conditioned(nn.Module):
+    """A network whose ``config`` has ``num_classes``, and ``text_dim`` if it can be one of text."""
+
+    config: Any
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels; the label of this number is the null condition. None for text."""
+        return None if getattr(self.config, "text_dim", None) is not None else self.config.num_classes
+
+    def null(self, batch: int) -> Any:
+        """The labels (B,) that stand for no class."""
+        return torch.full((batch,), self.config.num_classes, device=next(self.parameters()).device)
 
 
 class Scales:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genkit.models.autoregressive import KeyValueCache, LayerCache, Scales
+from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Scales
 from genkit.models.flowar_velocity import Attention, GatedMLP, VelocityConfig, VelocityNetwork, rms_norm
 from genkit.weights import fit, read_weights
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
         return out
 
 
-class FlowAR(nn.Module):
+class FlowAR(Conditioned):
     """Conditions z_k of each scale from the scales before it, and a flow ``p(x_k | z_k)``, x_k the latent at the size of scale k.
 
     Args:
@@ -74,6 +74,7 @@ class FlowAR(nn.Module):
         ValueError: the width is no multiple of the heads, the depth is odd, or the scales do not grow.
     """
 
+    config: FlowARConfig
     encoder_pos_embed_learned: nn.Parameter
     decoder_pos_embed_learned: nn.Parameter
     diffusion_pos_embed_learned: nn.Parameter
@@ -125,15 +126,6 @@ class FlowAR(nn.Module):
     def cache_shape(self) -> tuple[int, int, int]:
         """Layers, heads and head width of the cache it writes to."""
         return len(self.encoder_blocks) + len(self.decoder_blocks), self.heads, self.width // self.heads
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels; the label of this number is the null condition."""
-        return self.config.num_classes
-
-    def null(self, batch: int) -> Tensor:
-        """The labels (B,) that stand for none."""
-        return torch.full((batch,), self.config.num_classes, device=self.class_emb.weight.device)
 
     def forward(
         self,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.models import perturb
-from genkit.models.autoregressive import KeyValueCache
+from genkit.models.autoregressive import KeyValueCache, LayerCache
 
 
 def rope_table(tokens: int, head_dim: int, prefix: int, base: float = 10000.0) -> Tensor:
@@ -31,11 +30,15 @@ def rope_table(tokens: int, head_dim: int, prefix: int, base: float = 10000.0) -
     return F.pad(torch.stack([grid.cos(), grid.sin()], -1), (0, 0, 0, 0, prefix, 0))
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (2 i, 2 i + 1) of x (B, n, heads, d) by the angles of table (n, d / 2, 2) or (B, n, d / 2, 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.unsqueeze(-3).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+def turns(table: Tensor) -> Tensor:
+    """The rows (..., n, d / 2, 2) of a :func:`rope_table` as complex numbers (..., n, 1, d / 2), the same for all heads."""
+    return torch.view_as_complex(table).unsqueeze(-2)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the pairs (2 i, 2 i + 1) of x (..., n, heads, d) by the angles of ``turn``, see :func:`turns`."""
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def causal_mask(start: int | Tensor, n: int, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
@@ -69,7 +72,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         f = x.float()
-        return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        # This way it takes the least time where there are few positions.
+        square: Tensor = torch.linalg.vector_norm(f, dim=-1, keepdim=True).square()
+        scale = square.mul_(1 / f.shape[-1]).add_(self.eps).rsqrt_()
+        return (f * scale).to(x.dtype) * self.weight
 
 
 class FeedForward(nn.Module):
@@ -93,9 +99,10 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, update: Any = None) -> Tensor:
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        q, k, v = rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, update: LayerCache | None = None) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k = rotate(qkv[..., :2, :, :], turn.unsqueeze(-3)).unbind(-3)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), qkv[..., 2, :, :].transpose(1, 2)
         keys, values = (k, v) if update is None else update(k, v)
         perturbation = perturb.active(self)
         if perturbation is not None and perturbation.kind == "blur":
@@ -116,11 +123,11 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, multiple, dropout)
         self.attention_norm, self.ffn_norm = RMSNorm(width, eps), RMSNorm(width, eps)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, update: Any = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, update: LayerCache | None = None) -> Tensor:
         perturbation = perturb.active(self)
         if perturbation is not None and perturbation.kind == "skip":
             return x
-        h = x + self.attention(self.attention_norm(x), table, mask, update)
+        h = x + self.attention(self.attention_norm(x), turn, mask, update)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
@@ -134,14 +141,14 @@ def run(
     start: int | Tensor,
     layer: int,
 ) -> Tensor:
-    """x through the blocks, whose keys and values go to layers ``layer``, ``layer + 1``, ... of the cache, from ``start`` on."""
+    """x through the blocks; ``table`` holds the rows of a :func:`rope_table` for its places.
+
+    Keys and values go to layers ``layer``, ``layer + 1``, ... of the cache, from ``start`` on.
+    """
+    turn = turns(table)
     for i, block in enumerate(blocks, layer):
-        x = block(x, table, mask, None if cache is None else _writer(cache, i, start))
+        x = block(x, turn, mask, None if cache is None else LayerCache(cache, i, start))
     return x
-
-
-def _writer(cache: KeyValueCache, layer: int, start: Any) -> Any:
-    return lambda k, v: cache.update(layer, k, v, start)
 
 
 def perturbable(blocks: nn.ModuleList, kind: str, name: str = "layers") -> Mapping[str, nn.Module]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from genkit.guidance.base import Perturbation
 from genkit.models import llama, perturb
-from genkit.models.autoregressive import KeyValueCache, Logits
+from genkit.models.autoregressive import Conditioned, KeyValueCache, Logits
 from genkit.weights import fit, read_weights
 
 
@@ -97,7 +97,7 @@ class CaptionEmbedding(nn.Module):
         return out
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(Conditioned):
     """``p(t_1, ..., t_N | c) = prod_i p(t_i | c, t_<i)``: the condition's tokens come first, then those of the image.
 
     Names and shapes of its weights are those of the released files. Position ``prefix + i`` is fed token i and predicts token
@@ -112,6 +112,7 @@ class LlamaGen(nn.Module):
         ValueError: the tokens are no square, or heads do not fit the width.
     """
 
+    config: LlamaGenConfig
     table: Tensor
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -143,19 +144,14 @@ class LlamaGen(nn.Module):
         """Layers, heads and head width of the cache it writes to."""
         return self.config.layers, self.config.heads, self.config.width // self.config.heads
 
-    @property
-    def num_classes(self) -> int | None:
-        """Number of labels; the label of this number is the null condition. None for text."""
-        return self.config.num_classes if self.config.text_dim is None else None
-
     def null(self, batch: int, text_mask: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """The condition that stands for none. With text it takes the mask of the text it stands beside."""
-        device = self.output.weight.device
         if isinstance(self.cls_embedding, ClassEmbedding):
-            return torch.full((batch,), self.config.num_classes, device=device)
+            labels: Tensor = super().null(batch)
+            return labels
         text = self.cls_embedding.uncond_embedding.expand(batch, -1, -1)
         if text_mask is None:
-            text_mask = torch.ones(batch, self.prefix, dtype=torch.bool, device=device)
+            text_mask = torch.ones(batch, self.prefix, dtype=torch.bool, device=text.device)
         return {"text": text, "text_mask": text_mask}
 
     def embed(self, condition: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from genkit.guidance.base import Perturbation
 from genkit.models import llama, perturb
-from genkit.models.autoregressive import KeyValueCache, Logits
+from genkit.models.autoregressive import Conditioned, KeyValueCache, Logits
 from genkit.models.llamagen import ClassEmbedding
 from genkit.weights import fit, read_weights
 
@@ -58,7 +58,7 @@ OPEN_MAGVIT2_SAMPLING = {
 }
 
 
-class OpenMAGVIT2(nn.Module):
+class OpenMAGVIT2(Conditioned):
     """``p(t_1, ..., t_N | c) = prod_i p(a_i | c, t_<i) p(b_i | a_i, c, t_<i)``, token ``t = a + 2^bits_0 b``.
 
     Names and shapes of its weights are those of the released files. To the outside it is a network over 2 N positions: position
@@ -74,6 +74,7 @@ class OpenMAGVIT2(nn.Module):
         ValueError: the tokens are no square, or heads do not fit the width.
     """
 
+    config: OpenMAGVIT2Config
     table: Tensor
     prefix = 1
 
@@ -107,15 +108,6 @@ class OpenMAGVIT2(nn.Module):
     def cache_shape(self) -> tuple[int, int, int]:
         """Layers, heads and head width of the cache it writes to."""
         return self.config.layers + self.config.part_layers, self.config.heads, self.config.width // self.config.heads
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels; the label of this number is the null condition."""
-        return self.config.num_classes
-
-    def null(self, batch: int) -> Tensor:
-        """The condition that stands for none."""
-        return torch.full((batch,), self.config.num_classes, device=self.norm.weight.device)
 
     def embed(self, condition: Tensor) -> Tensor:
         """Labels (B,) as embeddings (B, width), which :meth:`forward` takes in their place."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from genkit.guidance.base import Perturbation
 from genkit.models import perturb
-from genkit.models.autoregressive import KeyValueCache, LayerCache, Logits, Scales, wide
+from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Logits, Scales, wide
 from genkit.models.var_layers import Block, Modulation, last
 from genkit.weights import fit, read_weights
 
@@ -59,7 +60,7 @@ VAR_SIZES = {
 }
 
 
-class VAR(nn.Module):
+class VAR(Conditioned):
     """The tokens r_k of scale k from the sum of the scales before it: ``p(r_1, ..., r_K | c) = prod_k p(r_k | r_<k, c)``.
 
     Names and shapes of its weights are those of the released files.
@@ -73,6 +74,7 @@ class VAR(nn.Module):
         ValueError: the width is no multiple of the heads, or the scales do not grow.
     """
 
+    config: VARConfig
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
@@ -133,16 +135,12 @@ class VAR(nn.Module):
         """Layers, heads and head width of the cache it writes to."""
         return len(self.blocks), self.heads, self.width // self.heads
 
-    @property
-    def num_classes(self) -> int:
-        """Number of labels; the label of this number is the null condition."""
-        return self.config.num_classes
-
     def null(self, batch: int) -> Tensor:
         """The condition that stands for none: labels (B,), or the learned embedding (B, text_dim) of VAR-CLIP."""
         if self.config.text_dim is not None:
             return self.noise.weight.expand(batch, -1)
-        return torch.full((batch,), self.config.num_classes, device=self.pos_start.device)
+        labels: Tensor = super().null(batch)
+        return labels
 
     def embed(self, condition: Tensor) -> Tensor:
         """Labels (B,) as embeddings (B, width), which :meth:`forward` takes in their place. Text embeddings stay."""
@@ -150,6 +148,16 @@ class VAR(nn.Module):
             return condition
         out: Tensor = self.class_emb(condition)
         return out
+
+    def prepare(self, condition: Tensor) -> dict[str, Tensor]:
+        """What :meth:`forward` makes of conditions, once for all scales; it takes this in their place.
+
+        Their embeddings (B, width), what AdaLN does in each block, (B, depth, 6, width), and before the head, (B, 2 width).
+        """
+        embedded = self.embed(condition) if self.config.text_dim is None else self.cond_proj(condition)
+        shared = self.shared_ada_lin(embedded).view(-1, 6, self.width) if self.config.shared_adaln else None
+        blocks = torch.stack([cast(Block, block).modulation(embedded, shared) for block in self.blocks], 1)
+        return {"embedded": embedded, "blocks": blocks, "head": self.head_nm.ada_lin(embedded)}
 
     def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         """Inside the returned context, in this thread, the layers of the perturbation are weakened.
@@ -165,7 +173,7 @@ class VAR(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        condition: Tensor,
+        condition: Tensor | Mapping[str, Tensor],
         cache: KeyValueCache | None = None,
         start: int = 0,
         mask: Tensor | None = None,
@@ -176,7 +184,7 @@ class VAR(nn.Module):
             inputs: (B, n, C), the sums of the scales before, at the sizes of those asked for: what
                 :meth:`genkit.tokenizers.multiscale.MultiScale.next_inputs` returns, after the first scale. That one is fed the
                 condition alone: anything can stand in its place.
-            condition: labels (B,), their embeddings, or text embeddings (B, text_dim).
+            condition: labels (B,), their embeddings, or text embeddings (B, text_dim); or what :meth:`prepare` made of them.
             cache: of all positions before ``start``.
             mask: (n, start + n) or (B, 1, n, start + n), True where a position sees another. Default: it sees all of its own
                 scale and of those before.
@@ -186,18 +194,17 @@ class VAR(nn.Module):
         """
         n = inputs.shape[1]
         sides, span = self.scales.at(start, n), slice(start, start + n)
-        embedded = self.embed(condition) if self.config.text_dim is None else self.cond_proj(condition)
+        given = condition if isinstance(condition, Mapping) else self.prepare(condition)
         if start == 0:
-            x = torch.cat((embedded[:, None] + self.pos_start, self.word_embed(inputs[:, self.first :])), 1)
+            x = torch.cat((given["embedded"][:, None] + self.pos_start, self.word_embed(inputs[:, self.first :])), 1)
         else:
             x = self.word_embed(inputs)
         x = x + (self.lvl_embed(self.lvl_1L[:, span]) + self.pos_1LC[:, span])
         if mask is None:
             mask = self.scales.mask(start, n, x.device)
-        six = self.shared_ada_lin(embedded).view(-1, 1, 6, self.width) if self.config.shared_adaln else embedded
-        for i, block in enumerate(self.blocks):
-            x = block(x, six, sides, None if cache is None else LayerCache(cache, i, start), mask)
-        normed = self.head_nm(x, embedded).to(self.head.weight.dtype)
+        for i, (block, modulation) in enumerate(zip(self.blocks, given["blocks"].unbind(1), strict=True)):
+            x = block(x, modulation, sides, None if cache is None else LayerCache(cache, i, start), mask)
+        normed = self.head_nm(x, given["head"]).to(self.head.weight.dtype)
         return Logits(wide(self.head(normed)), x)
 
     def load_state(self, path: str | os.PathLike[str]) -> Self:

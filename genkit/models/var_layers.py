@@ -51,8 +51,8 @@ class Attention(nn.Module):
             out = v
         else:
             if hasattr(self, "scale_mul_1H11"):
-                gain = self.scale_mul_1H11.clamp(max=math.log(100)).exp().to(q.dtype)
-                q, k = F.normalize(q, dim=-1) * gain, F.normalize(k, dim=-1)
+                q, k = F.normalize(qkv[..., :2, :, :], dim=-1).permute(2, 0, 3, 1, 4)
+                q = q * self.scale_mul_1H11.clamp(max=math.log(100)).exp().to(q.dtype)
             if perturbation is not None:
                 scales = zip(q.split([p * p for p in sides], 2), sides, strict=True)
                 q = torch.cat([perturb.blur_queries(part, p, p, perturbation.sigma) for part, p in scales], 2)
@@ -95,20 +95,22 @@ class Block(nn.Module):
         gains[:2].mul_(1e-5)
         gains[2:].mul_(0.5)
 
+    def modulation(self, embedded: Tensor, shared: Tensor | None) -> Tensor:
+        """gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2 (B, 6, C), from the shared AdaLN's (B, 6, C) if there is one."""
+        if shared is not None:
+            six: Tensor = shared + self.ada_gss[0]
+        else:
+            six = self.ada_lin(embedded).view(-1, 6, self.width)
+        return six + six.new_tensor([0, 0, 1, 1, 0, 0])[:, None]
+
     def forward(
-        self, x: Tensor, condition: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Tensor | None
+        self, x: Tensor, modulation: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Tensor | None
     ) -> Tensor:
-        """``condition``: (B, 1, 6, C) from the shared AdaLN, or the embedding (B, C) for this block's own."""
         if perturb.active(self):
             return x
-        if condition.ndim == 4:
-            six = condition + self.ada_gss
-        else:
-            six = self.ada_lin(condition).view(-1, 1, 6, self.width)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
-        x = x + gamma1 * self.attn(layer_norm(x) * (1 + scale1) + shift1, sides, cache, mask)
-        out: Tensor = x + gamma2 * self.ffn(layer_norm(x) * (1 + scale2) + shift2)
-        return out
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
+        x = torch.addcmul(x, gamma1, self.attn(torch.addcmul(shift1, layer_norm(x), scale1), sides, cache, mask))
+        return torch.addcmul(x, gamma2, self.ffn(torch.addcmul(shift2, layer_norm(x), scale2)))
 
 
 class Modulation(nn.Module):
@@ -118,6 +120,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = wide(self.ada_lin(condition)[:, None]).chunk(2, -1)
-        return layer_norm(wide(x)) * (1 + scale) + shift
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """``modulation``: (B, 2 C), what ``ada_lin`` makes of the condition."""
+        scale, shift = wide(modulation[:, None]).chunk(2, -1)
+        return torch.addcmul(shift, layer_norm(wide(x)), 1 + scale)

@@ -9,6 +9,7 @@ from genkit.pipelines.autoregressive import FlowScalePipeline, ScalePipeline, To
 from genkit.pipelines.diffusion import ClassPipeline
 from genkit.pipelines.loading import load
 from genkit.pipelines.output import Output
+from genkit.pipelines.speculative import Speculative
 
 if TYPE_CHECKING:
     from genkit.pipelines.diffusers_pipeline import DiffusersPipeline
@@ -21,6 +22,7 @@ __all__ = [
     "FlowScalePipeline",
     "Output",
     "ScalePipeline",
+    "Speculative",
     "TokenPipeline",
     "load",
 ]

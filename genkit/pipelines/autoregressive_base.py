@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from genkit.denoiser import Condition, Guided, TraceLevel
+from genkit.denoiser import Condition, TraceLevel
 from genkit.guidance import Guidance, Trace
 from genkit.pipelines.images import to_pil, to_uint8
 from genkit.pipelines.output import Output
 from genkit.pipelines.request import as_guidance, batches, class_index, paired
+from genkit.pipelines.speculative import joined
 from genkit.pipelines.text import Features, TextEncoder
 from genkit.samplers.autoregressive.filters import Filters
+from genkit.samplers.autoregressive.flow_scale import GuidedFlow
+from genkit.samplers.autoregressive.guided import GuidedLogits
+from genkit.samplers.autoregressive.speculative import Report
 
 
 class Partial:
@@ -59,10 +62,11 @@ class Request(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens (B, N), if there are any, and images (B, 3, H, W)."""
+    """Tokens (B, N), if there are any, images (B, 3, H, W), and how drafted tokens fared."""
 
     tokens: Tensor | None
     images: Tensor
+    report: Report | None = None
 
 
 @dataclass
@@ -78,7 +82,10 @@ class Autoregressive:
         text_encoder: from prompts to what the network is conditioned on, for models that take text.
         filters: what draws are restricted to where a call says nothing else.
         fingerprint: SHA-256 over the files of all models.
+        sampler: the one way in which the model draws, by name; None for models that take a sampler.
     """
+
+    sampler: ClassVar[str | None] = None
 
     models: dict[str, Any]
     tokenizer: Any
@@ -107,10 +114,23 @@ class Autoregressive:
         """Steps of an image: its tokens, or its scales."""
         return len(self.network.config.patch_nums)
 
+    @cached_property
+    @torch.no_grad()
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width), as the decoder makes them."""
+        channels, height, width = self._blank().shape[1:]
+        return channels, height, width
+
+    def _blank(self) -> Tensor:
+        """The image (1, 3, H, W) of tokens that are all 0."""
+        length = getattr(self.network, "tokens", None) or self.network.length
+        blank: Tensor = self.tokenizer.decode(torch.zeros(1, length, dtype=torch.long, device=self.device))
+        return blank
+
     def to(self, device: str | torch.device) -> Self:
         """Move the networks; returns the pipeline."""
         self.device = torch.device(device)
-        for module in (*self.models.values(), self.tokenizer, self.text_encoder):
+        for module in (*self.models.values(), self.tokenizer, self.text_encoder, getattr(self, "drafter", None)):
             if hasattr(module, "to"):
                 module.to(self.device)
         return self
@@ -171,10 +191,6 @@ class Autoregressive:
         mask = mask.bool().to(self.device)
         return {"cond": {"text": text, "text_mask": mask}, "uncond": self.network.null(len(text), mask)}
 
-    @abstractmethod
-    def _begin(self, guidance: Guidance, conditions: Mapping[str, Condition], seeds: list[int], trace: TraceLevel) -> Guided:
-        """A run of the guidance over one batch."""
-
     def _generate(
         self,
         request: Request,
@@ -184,27 +200,30 @@ class Autoregressive:
         callback: Callback | None,
         trace: TraceLevel,
         draw: Callable[[Any, slice, Callable[..., None]], Drawn],
+        run_of: type[GuidedLogits | GuidedFlow] = GuidedLogits,
     ) -> Output:
+        """Batch by batch: ``draw(run, part, tick)`` with a new run of the guidance, and ``tick`` to be called after each step."""
         rule, parts = as_guidance(guidance), batches(len(request.seeds), batch_size)
-        tokens, images, nfe, calls, table = list[Tensor](), list[Tensor](), list[int](), 0, Trace()
+        drawn, nfe, calls, table = list[Drawn](), list[int](), 0, Trace()
         with tqdm(total=len(parts) * self.steps, disable=not progress, unit="step", leave=False) as bar, torch.no_grad():
-            for part in parts:
-                seeds = request.seeds[part]
-                run = self._begin(rule, self._conditions(request, part), seeds, trace)
+            for number, part in enumerate(parts):
+                seeds, before = request.seeds[part], number * self.steps
+                run = run_of(self.models, rule, self._conditions(request, part), len(seeds), trace=trace, seeds=seeds)
 
-                def tick(index: int, found: Tensor | None, decode: Callable[[], Tensor], seeds: list[int] = seeds) -> None:
-                    bar.update()
+                def tick(
+                    index: int, found: Tensor | None, decode: Callable[[], Tensor], seeds: list[int] = seeds, before: int = before
+                ) -> None:
+                    bar.update(before + index + 1 - bar.n)
                     if callback is not None:
                         callback(Partial(index, self.steps, seeds, found, decode))
 
-                drawn = draw(run, part, tick)
-                images.append(drawn.images)
-                tokens += [] if drawn.tokens is None else [drawn.tokens]
+                drawn.append(draw(run, part, tick))
                 nfe += run.ledger.nfe
                 calls += run.ledger.calls
                 table.extend(run.trace)
-        joined = torch.cat(tokens) if tokens else None
-        return Output(torch.cat(images), nfe, calls, table, request.seeds, request.labels, request.prompts, joined)
+        tokens, reports = [d.tokens for d in drawn if d.tokens is not None], [d.report for d in drawn if d.report is not None]
+        made = (request.seeds, request.labels, request.prompts, torch.cat(tokens) if tokens else None)
+        return Output(torch.cat([d.images for d in drawn]), nfe, calls, table, *made, joined(reports))
 
     def _filters(
         self, given: Filters | Sequence[Filters] | None, sizes: tuple[int, ...], **changes: float | None
@@ -221,7 +240,7 @@ class Autoregressive:
         for one, size in several:
             if not isinstance(one, Filters):
                 raise ValueError(f"filters={given!r}: use Filters(...), or one for each part of a token")
-            if one.top_k > size:
+            if one.top_k > size and (given is not None or "top_k" in asked):  # the pipeline's own may be made for any size
                 raise ValueError(f"top_k={one.top_k} is larger than the vocabulary of {size}; use 1 to {size}, or 0 for all")
         return chosen
 

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from genkit.files import write_atomically
 from genkit.models.eagle import EagleConfig, EagleHead
 from genkit.models.llamagen import LlamaGen, LlamaGenConfig
 from genkit.models.var import VAR, VARConfig
@@ -41,15 +42,31 @@ def save_exported(path: Path, network: nn.Module, extra: Mapping[str, Any] | Non
     if not names:
         known = ", ".join(kind.__name__ for kind, _ in FORMATS.values())
         raise ValueError(f"network is a {type(network).__name__}; files are written for {known}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {
         key: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in network.state_dict().items()
     }
     about = {"network": asdict(network.config), **(extra or {})}  # type: ignore[call-overload]
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata={"format": names[0], "config": json.dumps(about)})
-    os.replace(temporary, path)
+    metadata = {"format": names[0], "config": json.dumps(about)}
+    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
+
+
+def described(path: str | os.PathLike[str], metadata: Mapping[str, str], *formats: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The class of an exported network, its configuration, and all that the file's header says.
+
+    Raises:
+        ValueError: none of the formats, or a damaged description.
+    """
+    found, wanted = metadata.get("format"), formats or tuple(FORMATS)
+    if found not in wanted:
+        raise ValueError(f"path={str(path)!r} says format={found!r}; needed is {' or '.join(map(repr, wanted))}")
+    kind, config = FORMATS[found]
+    try:
+        about: dict[str, Any] = json.loads(metadata["config"])
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in about["network"].items()}
+        return kind, config(**values), about
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"path={str(path)!r}: its description does not fit this version of genkit ({error})") from None
 
 
 def load_exported(path: str | os.PathLike[str], *formats: str) -> tuple[Any, dict[str, Any]]:
@@ -65,15 +82,10 @@ def load_exported(path: str | os.PathLike[str], *formats: str) -> tuple[Any, dic
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r} is not a file; give one that a recipe of genkit.training exported")
     weights, metadata = read_safetensors(path)
-    found, wanted = metadata.get("format"), formats or tuple(FORMATS)
-    if found not in wanted:
-        raise ValueError(f"path={str(path)!r} says format={found!r}; needed is {' or '.join(map(repr, wanted))}")
-    kind, config = FORMATS[found]
+    kind, config, about = described(path, metadata, *formats)
     try:
-        about: dict[str, Any] = json.loads(metadata["config"])
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in about["network"].items()}
-        network = kind(config(**values))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        network = kind(config)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"path={str(path)!r}: its description does not fit this version of genkit ({error})") from None
     fit(network, weights, path, what="the network it describes")
     return network.eval().requires_grad_(False), about

@@ -17,19 +17,37 @@ import torch
 from safetensors.torch import save_file
 
 from genkit.denoiser import Denoiser, EDMDenoiser
+from genkit.files import write_atomically
 from genkit.models.minority import load_minority
 from genkit.models.unet import UNet, UNetConfig
+from genkit.pipelines.autoregressive import ScalePipeline, TokenPipeline
 from genkit.pipelines.diffusion import ClassPipeline
 from genkit.pipelines.hub import fetch, is_hub
 from genkit.pipelines.loading_ar import load_autoregressive
 from genkit.weights import fit, read_safetensors
 
-#: Built-in models: file of the main network and, where they exist, of those that go with it, inside ``genkit/assets``.
+#: Where the files of built-in models lie.
+ASSETS = Path(str(files("genkit") / "assets"))
+#: Built-in models: files of the main network, of its tokenizer, and, where they exist, of the others that go with it.
 BUILTIN: dict[str, dict[str, str]] = {
     "builtin/cifar10": {
         "main": "cifar10/diffusion.safetensors",
         "weak": "cifar10/diffusion_weak.safetensors",
         "minority": "cifar10/minority.safetensors",
+    },
+    "builtin/cifar10-next-token": {
+        "main": "cifar10/next_token.safetensors",
+        "tokenizer": "cifar10/tokenizer.safetensors",
+        "drafter": "cifar10/drafter.safetensors",
+    },
+    "builtin/cifar10-next-token-cca": {
+        "main": "cifar10/next_token_cca.safetensors",
+        "tokenizer": "cifar10/tokenizer.safetensors",
+        "drafter": "cifar10/drafter.safetensors",
+    },
+    "builtin/cifar10-next-scale": {
+        "main": "cifar10/next_scale.safetensors",
+        "tokenizer": "cifar10/tokenizer_multiscale.safetensors",
     },
 }
 #: How to read what goes with a main network: its early, weaker snapshot, and a classifier of minority levels.
@@ -45,9 +63,16 @@ FORMAT = "genkit-edm-unet-1"
 def load(model: Literal["builtin/cifar10"], *, device: str | torch.device = "cpu") -> ClassPipeline: ...
 @overload
 def load(
+    model: Literal["builtin/cifar10-next-token", "builtin/cifar10-next-token-cca"], *, device: str | torch.device = "cpu"
+) -> TokenPipeline: ...
+@overload
+def load(model: Literal["builtin/cifar10-next-scale"], *, device: str | torch.device = "cpu") -> ScalePipeline: ...
+@overload
+def load(
     model: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    drafter: str | os.PathLike[str] | None = None,
     text_encoder: Any = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
@@ -56,11 +81,15 @@ def load(
     model: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    drafter: str | os.PathLike[str] | None = None,
     text_encoder: Any = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """A pipeline for a built-in model (``"builtin/cifar10"``), a checkpoint, a folder, or a name on the Hugging Face hub.
+
+    Built-in models, all of CIFAR-10: ``builtin/cifar10``, diffusion; ``builtin/cifar10-next-token``, with its drafter;
+    ``builtin/cifar10-next-token-cca``, tuned to need no guidance; ``builtin/cifar10-next-scale``.
 
     A checkpoint is one that genkit wrote, or an official one of VAR, VAR-CLIP, LlamaGen, Open-MAGVIT2 or FlowAR, recognised by
     its keys; ``pipe.found`` says as what. For a folder of diffusers, one with a model_index.json, it is a ``DiffusersPipeline``.
@@ -68,6 +97,7 @@ def load(
     Args:
         model: the name or path. On the hub: ``"owner/name"``, ``"hf:owner/name"``, or ``"hf:owner/name/file"``.
         tokenizer: the image tokenizer's checkpoint, for an autoregressive model whose file or folder does not hold it.
+        drafter: an EAGLE drafter's checkpoint, for speculative decoding of a LlamaGen.
         text_encoder: for autoregressive models of text: a folder or hub id of transformers (T5 for LlamaGen, CLIP for VAR-CLIP),
             or a function from prompts to features.
         image_size: pixels along a side, for LlamaGen, whose weights do not tell.
@@ -75,7 +105,7 @@ def load(
 
     Raises:
         ValueError: an unknown name, a file that is damaged or of another kind or needs code to load, weights that are not finite,
-            a network without its tokenizer.
+            a network without its tokenizer, a tokenizer or drafter of another network.
         FileNotFoundError: no such file, here or on the hub.
     """
     if not isinstance(model, str | os.PathLike):
@@ -84,27 +114,42 @@ def load(
     path = fetch(name) if is_hub(name) else Path(name)
     if (path / "model_index.json").is_file():
         return _load_diffusers(str(path)).to(device)
-    if name in BUILTIN:
-        assets = files("genkit") / "assets"
-        paths = {role: Path(str(assets / file)) for role, file in BUILTIN[name].items()}
-        paths = {role: path for role, path in paths.items() if role == "main" or path.exists()}
-    elif name.startswith("builtin/"):
+    paths = _builtin(name) if name.startswith("builtin/") else {"main": path}
+    for role, given in (("tokenizer", tokenizer), ("drafter", drafter)):
+        if given is not None:
+            paths[role] = fetch(os.fspath(given), role) if is_hub(os.fspath(given)) else Path(given)
+    if name not in BUILTIN or "tokenizer" in paths:
+        coder, head = paths.get("tokenizer"), paths.get("drafter")
+        options = {"text_encoder": text_encoder, "image_size": image_size}
+        other = load_autoregressive(paths["main"], tokenizer=coder, drafter=head, **options)
+        if other is not None:
+            other.name = name if name in BUILTIN else other.name
+            return other.to(device)
+    return _load_diffusion(name, paths).to(device)
+
+
+def _builtin(name: str) -> dict[str, Path]:
+    """The files of a built-in model by their role. Network and tokenizer must be there, the others need not."""
+    if name not in BUILTIN:
         raise ValueError(
             f"model={name!r} is not a built-in model; use one of {', '.join(BUILTIN)}, or a path to a .safetensors file"
         )
-    else:
-        coder = None if tokenizer is None else os.fspath(tokenizer)
-        at = None if coder is None else fetch(coder, "tokenizer") if is_hub(coder) else Path(coder)
-        other = load_autoregressive(path, tokenizer=at, text_encoder=text_encoder, image_size=image_size)
-        if other is not None:
-            return other.to(device)
-        paths = {"main": path}
+    paths = {role: ASSETS / file for role, file in BUILTIN[name].items()}
+    for role, path in paths.items():
+        if role in ("main", "tokenizer") and not path.is_file():
+            raise FileNotFoundError(
+                f"model={name!r}: its file {path} is missing in this installation; install genkit-image again"
+            )
+    return {role: path for role, path in paths.items() if path.is_file()}
+
+
+def _load_diffusion(name: str, paths: Mapping[str, Path]) -> ClassPipeline:
     denoiser, about = load_checkpoint(paths["main"])
-    others = {role: READERS[role](path) for role, path in paths.items() if role != "main"}
+    others = {role: READERS[role](path) for role, path in paths.items() if role in READERS}
     config = denoiser.network.config
     assert isinstance(config, UNetConfig)
     names = about["class_names"]
-    pipe = ClassPipeline(
+    return ClassPipeline(
         models={"main": denoiser, **others},
         class_names=tuple(names),
         image_shape=(config.image_channels, config.image_size, config.image_size),
@@ -113,7 +158,6 @@ def load(
         sigma_min=float(about["sigma_min"]),
         sigma_max=float(about["sigma_max"]),
     )
-    return pipe.to(device)
 
 
 def _load_diffusers(folder: str) -> Any:
@@ -196,6 +240,5 @@ def save_checkpoint(
         **(extra or {}),
     }
     weights = {key: value.detach().half().contiguous().cpu() for key, value in denoiser.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata={"format": FORMAT, "config": json.dumps(about)})
-    os.replace(temporary, path)
+    metadata = {"format": FORMAT, "config": json.dumps(about)}
+    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))

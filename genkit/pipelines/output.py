@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genkit.guidance.trace import Trace
 from genkit.pipelines.images import to_pil, to_uint8
+from genkit.samplers.autoregressive.speculative import Report
 
 
 @dataclass
@@ -18,11 +19,14 @@ class Output:
 
     Attributes:
         latents: what the sampler ended with (B, C, H, W), about [-1, 1] for pixel models; with tokens, the decoder's images.
-        nfe: network rows spent on each sample, over all models and branches; with tokens, positions that were fed.
-        calls: forward passes of the whole call.
+        nfe: network rows spent on each sample, over all models and branches; with tokens, positions that were fed, those of
+            drafted tokens too, and of what a batch decodes together.
+        calls: forward passes of the whole call, those of a drafter left out.
         trace: the per-step table.
         seeds, classes, prompts: what made each image; classes or prompts is empty.
         tokens: (B, N), of models that draw tokens.
+        speculation: how drafted tokens fared, if there were any: ``mean_length``, the tokens that a pass of the network gave on
+            average, ``passes`` (B,), ``rates`` of acceptance by depth, ``spent``, the probability moved for a token.
     """
 
     latents: Tensor
@@ -33,6 +37,7 @@ class Output:
     classes: list[int]
     prompts: list[str] = field(default_factory=list)
     tokens: Tensor | None = None
+    speculation: Report | None = None
 
     @cached_property
     def pixels(self) -> Tensor:

@@ -1,43 +1,48 @@
-"""Which autoregressive network or image tokenizer a checkpoint holds, by its keys and their shapes."""
+"""Which autoregressive network, image tokenizer or drafter a checkpoint holds, by its keys and their shapes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from genkit.models.eagle import EagleConfig, EagleHead
 from genkit.models.flowar import FLOWAR_SIZES, FlowAR, FlowARConfig
 from genkit.models.llamagen import LLAMAGEN_SIZES, LlamaGen, LlamaGenConfig
 from genkit.models.open_magvit2_ar import OPEN_MAGVIT2_SIZES, OpenMAGVIT2, OpenMAGVIT2Config
 from genkit.models.var import VAR, VAR_SIZES, VARConfig
+from genkit.tokenizers.compact import CompactConfig, CompactTokenizer
 from genkit.tokenizers.kl import KLAutoencoder, KLConfig
 from genkit.tokenizers.llamagen_vq import LlamaGenTokenizer, LlamaGenTokenizerConfig
 from genkit.tokenizers.open_magvit2 import OpenMAGVIT2Tokenizer, OpenMAGVIT2TokenizerConfig
 from genkit.tokenizers.var_vqvae import VARTokenizer, VARTokenizerConfig
 
 Weights = Mapping[str, Tensor]
+Role = Literal["network", "tokenizer", "drafter"]
 
 
 class Kind(NamedTuple):
-    """A family of modules: how to build one, and whether it is a tokenizer (or else a network)."""
+    """A family of modules: how to build one, and what it is for."""
 
     module: Callable[[Any], Any]
     config: Callable[..., Any]
-    tokenizer: bool
+    role: Role
 
 
 KINDS = {
-    "var": Kind(VAR, VARConfig, False),
-    "llamagen": Kind(LlamaGen, LlamaGenConfig, False),
-    "open-magvit2": Kind(OpenMAGVIT2, OpenMAGVIT2Config, False),
-    "flowar": Kind(FlowAR, FlowARConfig, False),
-    "var-vqvae": Kind(VARTokenizer, VARTokenizerConfig, True),
-    "llamagen-vq": Kind(LlamaGenTokenizer, LlamaGenTokenizerConfig, True),
-    "open-magvit2-lfq": Kind(OpenMAGVIT2Tokenizer, OpenMAGVIT2TokenizerConfig, True),
-    "kl": Kind(KLAutoencoder, KLConfig, True),
+    "var": Kind(VAR, VARConfig, "network"),
+    "llamagen": Kind(LlamaGen, LlamaGenConfig, "network"),
+    "open-magvit2": Kind(OpenMAGVIT2, OpenMAGVIT2Config, "network"),
+    "flowar": Kind(FlowAR, FlowARConfig, "network"),
+    "var-vqvae": Kind(VARTokenizer, VARTokenizerConfig, "tokenizer"),
+    "llamagen-vq": Kind(LlamaGenTokenizer, LlamaGenTokenizerConfig, "tokenizer"),
+    "open-magvit2-lfq": Kind(OpenMAGVIT2Tokenizer, OpenMAGVIT2TokenizerConfig, "tokenizer"),
+    "kl": Kind(KLAutoencoder, KLConfig, "tokenizer"),
+    "compact": Kind(CompactTokenizer, CompactConfig, "tokenizer"),
+    "eagle": Kind(EagleHead, EagleConfig, "drafter"),
 }
 
 
@@ -48,16 +53,18 @@ class Found:
     Attributes:
         kind: a key of :data:`KINDS`. title: in words. config: for its module.
         assumed: what the file does not tell, and was taken for granted, in words.
+        about: what the file's header says, where one of genkit's recipes wrote it.
     """
 
     kind: str
     title: str
     config: Any
     assumed: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def tokenizer(self) -> bool:
-        return KINDS[self.kind].tokenizer
+    def role(self) -> Role:
+        return KINDS[self.kind].role
 
     def build(self) -> nn.Module:
         module: nn.Module = KINDS[self.kind].module(self.config)
@@ -65,7 +72,7 @@ class Found:
 
 
 def recognise(weights: Weights, image_size: int | None = None, hint: str = "") -> list[Found]:
-    """The networks and tokenizers among these weights: none, one, or both of one file.
+    """The networks, tokenizers and drafters among these weights: none, one, or both of one file.
 
     Args:
         image_size: pixels along one side, for networks whose weights do not tell.
@@ -245,6 +252,12 @@ def _kl(weights: Weights, image_size: int | None, hint: str) -> Found:
     return Found("kl", f"the autoencoder {name}, {z} channels", KLConfig(channels, multipliers, blocks, z))
 
 
+def _drafter(weights: Weights, image_size: int | None, hint: str) -> Found:
+    vocabulary, width = (_size(weights, "embed_tokens.weight", i) for i in (0, 1))
+    config = EagleConfig(width, vocabulary=vocabulary, hidden=_size(weights, "layers.0.mlp.up_proj.weight"))
+    return Found("eagle", f"an EAGLE drafter of width {width}, {vocabulary} codes", config)
+
+
 #: Keys that only one family has, and how to read its size.
 MARKS: dict[frozenset[str], Callable[[Weights, int | None, str], Found]] = {
     frozenset({"pos_1LC", "word_embed.weight"}): _var,
@@ -255,6 +268,7 @@ MARKS: dict[frozenset[str], Callable[[Weights, int | None, str], Found]] = {
     frozenset({"encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"}): _llamagen_tokenizer,
     frozenset({"decoder.adaptive.0.gamma.weight"}): _open_magvit2_tokenizer,
     frozenset({"encoder.mid.attn_1.q.weight", "post_quant_conv.weight"}): _kl,
+    frozenset({"embed_tokens.weight", "fc.weight", "layers.0.self_attn.q_proj.weight"}): _drafter,
 }
 
 __all__ = ["KINDS", "Found", "Kind", "recognise"]

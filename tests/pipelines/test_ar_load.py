@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import genkit
+from genkit.guidance import CFG
 from genkit.models import llamagen as llamagen_module
 from genkit.models.flowar import FLOWAR_SIZES, FlowAR, FlowARConfig
 from genkit.models.llamagen import LlamaGen, LlamaGenConfig
@@ -18,7 +19,9 @@ from genkit.pipelines.autoregressive import FlowScalePipeline, ScalePipeline, To
 from genkit.pipelines.hub import is_hub
 from genkit.pipelines.loading_ar import save_autoregressive
 from genkit.pipelines.recognise import recognise
+from genkit.samplers.autoregressive.cache import StaticCache
 from genkit.samplers.autoregressive.filters import Filters
+from genkit.samplers.autoregressive.guided import GuidedLogits
 from genkit.tokenizers.kl import KLAutoencoder, KLConfig
 from genkit.tokenizers.llamagen_vq import LLAMAGEN_TOKENIZERS, LlamaGenTokenizer, LlamaGenTokenizerConfig
 from genkit.tokenizers.open_magvit2 import OpenMAGVIT2Tokenizer
@@ -237,3 +240,54 @@ def test_damaged_and_hostile_files(files, tmp_path):
     torch.save({"something": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no model that genkit knows; first keys something"):
         genkit.load(path)
+
+
+@pytest.mark.parametrize("role", ["tokenizer", "drafter"])
+@pytest.mark.usefixtures("tiny_size")
+def test_damaged_and_hostile_files_beside_a_network(files, tmp_path, role):
+    path = tmp_path / "other.pt"
+
+    class Hostile:
+        def __reduce__(self):
+            return (subprocess.call, (["touch", str(tmp_path / "ran")],))
+
+    options = {"image_size": 32, "tokenizer": files / "vq.pt", role: path}
+    torch.save({"model": {"quantize.embedding.weight": Hostile()}}, path)
+    with pytest.raises(ValueError, match=r"other.pt' needs code to load, which is refused"):
+        genkit.load(files / "c2i_tiny.pt", **options)
+    assert not (tmp_path / "ran").exists()
+    path.write_bytes((files / "vq.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"other.pt' cannot be read as a torch checkpoint"):
+        genkit.load(files / "c2i_tiny.pt", **options)
+    torch.save({"something": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=rf"{role}=.*other.pt' holds no model that genkit knows, no {role}"):
+        genkit.load(files / "c2i_tiny.pt", **options)
+
+
+@pytest.mark.usefixtures("tiny_size")
+def test_calls_that_a_model_cannot_answer(files):
+    pipe = genkit.load(files / "c2i_tiny.pt", tokenizer=files / "vq.pt", image_size=32)
+    with pytest.raises(ValueError, match="top_k=25 is larger than the vocabulary of 24; use 1 to 24, or 0 for all"):
+        pipe(0, top_k=25)
+    with pytest.raises(ValueError, match="prompt='a cat': c2i_tiny takes classes, 0 to 2"):
+        pipe(prompt="a cat")
+    with pytest.raises(ValueError, match="classes contains 3: use an index from 0 to 2"):
+        pipe(3)
+    with pytest.raises(ValueError, match="c2i_tiny has no drafter"):
+        pipe(0, speculative=True)
+    run = GuidedLogits(pipe.models, CFG(2.0), {"cond": torch.tensor([0]), "uncond": pipe.network.null(1)}, 1)
+    with torch.no_grad():
+        run.logits(torch.zeros(1, 5, dtype=torch.long), 0, 4)
+        with pytest.raises(ValueError, match="length=5 is too short for 6 positions; give the run more room"):
+            run.logits(torch.zeros(1, 1, dtype=torch.long), 1, 4)
+    with pytest.raises(ValueError, match="length=5 of the cache is too short for 6 positions"), torch.no_grad():
+        pipe.network(
+            torch.zeros(1, 6, dtype=torch.long),
+            torch.tensor([0]),
+            StaticCache.of(pipe.network, 1),
+            positions=torch.arange(5).repeat(2)[:6],
+        )
+    scales = genkit.load(files / "var_tiny.pth", tokenizer=files / "vae.pth")
+    with pytest.raises(ValueError, match="top_k=25 is larger than the vocabulary of 24"):
+        scales(0, top_k=25)
+    assert scales(0).tokens.shape == (1, 21)  # the default filters are for larger ones, and leave out nothing here

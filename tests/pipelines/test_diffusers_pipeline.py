@@ -32,7 +32,7 @@ from torch import Tensor
 import genkit
 from genkit.guidance import COND, Branch, Guidance, Result, StepInfo
 from genkit.guidance.base import Predictions
-from genkit.pipelines.attach.course import Course
+from genkit.pipelines.course import Course
 from genkit.pipelines.diffusers_denoiser import DiffusersDenoiser
 from genkit.pipelines.diffusers_pipeline import DiffusersOutput, DiffusersPipeline
 from tests.pipelines.tiny_diffusers import BETAS, dit, pixart, sd3, sd15, sdxl
@@ -167,11 +167,11 @@ def denoiser(scheduler: Any, steps: int = 7) -> DiffusersDenoiser:
 )
 def test_noise_levels_have_the_timesteps_of_the_scheduler(scheduler: Any) -> None:
     made, table = denoiser(scheduler), scheduler.alphas_cumprod.double()
-    visited = [made.timestep(place.level) for place in made.course.places]
+    visited = [made.course.timestep(place.level) for place in made.course.places]
     assert visited == scheduler.timesteps.tolist()
-    trained = [made.timestep(float((1 / table[t] - 1).sqrt())) for t in (0, 1, 17, 500, 998, 999)]
+    trained = [made.course.timestep(float((1 / table[t] - 1).sqrt())) for t in (0, 1, 17, 500, 998, 999)]
     np.testing.assert_allclose(trained, [0, 1, 17, 500, 998, 999], atol=1e-3)
-    between = [made.timestep(sigma) for sigma in np.geomspace(0.03, 14.0, 50)]
+    between = [made.course.timestep(sigma) for sigma in np.geomspace(0.03, 14.0, 50)]
     assert between == sorted(between)
 
 

@@ -192,7 +192,7 @@ def test_metadata_that_contradicts_itself(checkpoint, changes):
 
 def test_names_that_do_not_exist(tmp_path):
     with pytest.raises(
-        ValueError, match=r"model='builtin/cifar100' is not a built-in model; use one of builtin/cifar10, or a path"
+        ValueError, match=r"model='builtin/cifar100' is not a built-in model; use one of builtin/cifar10, .*, or a path"
     ):
         genkit.load("builtin/cifar100")
     for path in (tmp_path / "none.safetensors", tmp_path, ""):

@@ -95,7 +95,7 @@ def two_tokens(rule: Acceptance, static: bool) -> tuple[float, float]:
 def test_exact_keeps_the_law(static: bool) -> None:
     assert max(two_tokens(Exact(), static)) < 21  # 3 degrees of freedom: p = 1e-4
     near = torch.tensor([[1, 2], [0, 2], [3, 0], [2, 0]])
-    assert two_tokens(Lantern(near, 2, delta=0.5), static)[0] > 60  # and a relaxed rule does not
+    assert two_tokens(Lantern(2, 0.5, neighbours=near), static)[0] > 60  # and a relaxed rule does not
 
 
 class Typical:
@@ -127,7 +127,7 @@ def test_nothing_to_move_is_exact(static: bool, residual: str) -> None:
         tree, p = TokenTree(tree.tokens[:, chain], torch.tensor([[-1, 0, 1]]).repeat(ROWS, 1), q), p[:, chain]
     near = torch.tensor([[1, 2, 3], [0, 2, 3], [3, 0, 1], [2, 0, 1]])
     exact = verify(Exact(), p, tree, uniforms)
-    for rule in (Lantern(near, 2, 0.0, None, residual), Lantern(near, 2, None, 1.0, residual)):  # type: ignore[arg-type]
+    for rule in (Lantern(2, 0.0, None, residual, near), Lantern(2, None, 1.0, residual, near)):  # type: ignore[arg-type]
         verdict = verify(rule, p, tree, uniforms)
         assert torch.equal(verdict.path, exact.path)
         torch.testing.assert_close(verdict.law, exact.law)
@@ -144,7 +144,7 @@ def test_moved_mass_is_bounded() -> None:
     torch.testing.assert_close((p.gather(1, near) * taken).sum(1), weight)
     relaxed = p.scatter(1, near, p.gather(1, near) * ~taken).scatter(1, token[:, None], rule.credit(p, token)[:, None])
     torch.testing.assert_close(0.5 * (relaxed - p).abs().sum(1), moved)  # the total variation
-    assert (Lantern(rule.neighbours, 20, None, 1.5).credit(p, token) <= 1.5 * own * (1 + 1e-6)).all()
+    assert (Lantern(20, None, 1.5, neighbours=rule.neighbours).credit(p, token) <= 1.5 * own * (1 + 1e-6)).all()
 
 
 def test_greedy_takes_the_longest_path() -> None:
@@ -153,10 +153,10 @@ def test_greedy_takes_the_longest_path() -> None:
     tree = TokenTree(torch.tensor([[3, 0, 1, 2, 0]]), torch.tensor([[-1, 0, 0, 1, 2]]))
     near = torch.tensor([[3], [3], [3], [2]])
     assert verify_greedy(Exact(), p, tree).path.tolist() == [[0, 1, -1]]
-    relaxed = verify_greedy(Lantern(near, 1, 0.15), p, tree)
+    relaxed = verify_greedy(Lantern(1, 0.15, neighbours=near), p, tree)
     assert relaxed.path.tolist() == [[0, 1, -1]]  # 0.3 + 0.1 is no more than 0.4
     p[..., 0], p[..., 2] = 0.35, 0.25
-    assert verify_greedy(Lantern(near, 1, 0.15), p, tree).path.tolist() == [[0, 2, 4]]
+    assert verify_greedy(Lantern(1, 0.15, neighbours=near), p, tree).path.tolist() == [[0, 2, 4]]
 
 
 DRAFTERS: dict[str, Drafter] = {
@@ -192,7 +192,8 @@ def test_greedy_is_decoding_one_by_one(name: str, guidance: Guidance) -> None:
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_row_is_the_same_alone(name: str) -> None:
-    label, net, rule = torch.tensor([0, 1, 2]), Net(), Lantern(torch.tensor([[1, 2], [0, 2], [3, 1], [4, 2], [3, 0]]), 2, 0.3)
+    label, net = torch.tensor([0, 1, 2]), Net()
+    rule = Lantern(2, 0.3, neighbours=torch.tensor([[1, 2], [0, 2], [3, 1], [4, 2], [3, 0]]))
     together = speculate(TreeLogits(net, CFG(2.0), conditions(label), 3), DRAFTERS[name], [3, 4, 5], rule=rule)
     for b in range(3):
         alone = speculate(TreeLogits(net, CFG(2.0), conditions(label[b : b + 1]), 1), DRAFTERS[name], [3 + b], rule=rule)
@@ -239,9 +240,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="seeds"):
         speculate(TreeLogits(Net(), CFG(3.0), conditions(label), 1), DRAFTERS["copy"], [0, 1])
     with pytest.raises(ValueError, match="give one of them"):
-        Lantern(torch.zeros(4, 2, dtype=torch.long), 1, 0.1, 2.0)
+        Lantern(1, 0.1, 2.0)
     with pytest.raises(ValueError, match="k=3"):
-        Lantern(torch.zeros(4, 2, dtype=torch.long), 3)
+        Lantern(3, neighbours=torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="parent"):
         StaticTree(((0,), (2,)))
 

@@ -151,7 +151,7 @@ def test_whole_runs(models: Models, name: str, monkeypatch: pytest.MonkeyPatch) 
     if name != "exact":
         k, bound = int(name[1:3]), float(name.split("_d")[1])
         delta, factor = (bound, None) if bound <= 1 else (None, bound)
-        rule = Lantern(t["neighbours"], k, delta, factor, "official")
+        rule = Lantern(k, delta, factor, "official", t["neighbours"])
     drafter = EagleDrafter(head, net.output, DynamicTree(meta["total_tokens"], meta["depth"] + 1, meta["top_k"]))
     tokens, report = speculate(run_of(net, t), drafter, [0], GREEDY, rule, tokens=36)
     assert torch.equal(tokens, t["spec_exact_ids" if name == "exact" else f"spec_lantern_{name}_ids"])
@@ -190,7 +190,7 @@ def test_a_guidance_for_some_steps(models: Models, first: int) -> None:
 def test_sampled_rows_are_the_same_alone(models: Models) -> None:
     t, _, net, head = models
     drafter = EagleDrafter(head, net.output, StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))))
-    rule = Lantern(t["neighbours"], 10, 0.2)
+    rule = Lantern(10, 0.2, neighbours=t["neighbours"])
     filters = Filters(0.9, top_k=20)
     together = speculate(run_of(net, t, 2), drafter, [5, 6], filters, rule, tokens=12)
     alone = speculate(run_of(net, t, 1), drafter, [5], filters, rule, tokens=12)

@@ -31,8 +31,8 @@ def rule_of(neighbours: Tensor, lantern: bool, k: int, delta: float) -> Acceptan
     if not lantern:
         return Exact()
     if delta > 1:
-        return Lantern(neighbours, k, delta=None, factor=delta, residual="official")
-    return Lantern(neighbours, k, delta, residual="official")
+        return Lantern(k, None, delta, "official", neighbours)
+    return Lantern(k, delta, None, "official", neighbours)
 
 
 def tree_of(candidates: Tensor) -> tuple[TokenTree, Tensor]:
@@ -71,7 +71,9 @@ def test_one_token() -> None:
 
 def test_neighbours_of_a_codebook() -> None:
     t, _ = read("lantern_accept_single")
-    assert torch.equal(Lantern.of(t["codebook"], k=62).neighbours.long(), t["neighbours"])
+    near = Lantern.of(t["codebook"], k=62).neighbours
+    assert near is not None
+    assert torch.equal(near.long(), t["neighbours"])
 
 
 def test_trees() -> None:

@@ -14,8 +14,10 @@ A cache has no length of its own: to go back, write at an earlier ``start``. Val
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +42,7 @@ class StaticCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        # Zeros: under a mask, a leftover NaN would still spoil the sum.
-        self.store = torch.zeros(2, layers, rows, heads, length, head_dim, dtype=dtype, device=device)
+        self.store = _zeros((2, layers, rows, heads, length, head_dim), dtype, device)
         self.index: Rows = slice(0, rows)
 
     @classmethod
@@ -72,14 +73,13 @@ class StaticCache:
         end = (start if isinstance(start, int) else int(start.max())) + n
         if end > self.length:
             raise ValueError(f"length={self.length} of the cache is too short for {end} positions; make a longer one")
-        for store, new in zip(self.store[:, layer], (k, v), strict=True):
+        for store, new in ((self.store[0, layer], k.detach()), (self.store[1, layer], v.detach())):
             if isinstance(start, int):
-                store[self.index, :, start:end] = new.detach().to(store.dtype)
+                store[self.index, :, start:end] = new
             else:
                 rows, places = self._row_numbers()[:, None], self._places(start, n)
-                store[rows, :, places] = new.detach().to(store.dtype).transpose(1, 2)
-        keys, values = self.store[:, layer, self.index, :, :end]
-        return keys, values
+                store[rows, :, places] = new.to(store.dtype).transpose(1, 2)
+        return self.store[0, layer, self.index, :, :end], self.store[1, layer, self.index, :, :end]
 
     def keep(self, path: Tensor, start: int | Tensor) -> None:
         """Move the nodes ``start + path[b, j]`` to ``start + j``, in every layer.
@@ -94,13 +94,13 @@ class StaticCache:
         moved = self.store[:, :, rows, :, begin + path.clamp_min(0)]
         self.store[:, :, rows, :, self._places(begin.expand(len(path), 1)[:, 0], path.shape[1])] = moved
 
-    def grown(self, rows: int) -> StaticCache:
-        """A cache of ``rows`` rows in all whose first rows are this one's."""
+    def grown(self, rows: int, filled: int | None = None) -> StaticCache:
+        """A cache of ``rows`` rows in all whose first rows are this one's, up to position ``filled`` if that is given."""
         new = object.__new__(StaticCache)
         shape = list(self.store.shape)
         shape[2] = rows
-        new.store, new.index = self.store.new_zeros(shape), slice(0, rows)
-        new.store[:, :, : self.store.shape[2]] = self.store
+        new.store, new.index = _zeros(tuple(shape), self.store.dtype, self.store.device), slice(0, rows)
+        new.store[:, :, : self.store.shape[2], :, :filled] = self.store[..., :filled, :]
         return new
 
     def _row_numbers(self) -> Tensor:
@@ -110,3 +110,13 @@ class StaticCache:
 
     def _places(self, start: Tensor, n: int) -> Tensor:
         return start.to(self.store.device)[:, None] + torch.arange(n, device=self.store.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros: under a mask, a leftover NaN would still spoil the sum. On the CPU, memory is taken as it is first written to."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(count + 64, np.uint8))
+    begin = -raw.data_ptr() % 64  # what vector units like
+    return raw[begin : begin + count].view(dtype).view(shape)

@@ -54,10 +54,18 @@ class Filters:
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
-        logits = logits / self.temperature
+        logits = logits if self.temperature == 1 else logits / self.temperature
         if self.order == "transformers":
             return self._top_k(self._top_p(logits))
-        return self._top_p(self._top_k(logits))
+        if not 0 < self.top_k < logits.shape[-1]:
+            return self._top_p(logits)
+        if self.top_p in (0.0, 1.0):
+            return self._top_k(logits)
+        values, place = logits.topk(self.top_k, dim=-1)
+        if bool(((logits >= values[..., -1:]).sum(-1) != self.top_k).any()):  # others equal the k-th
+            return self._top_p(self._top_k(logits))
+        kept = values.masked_fill(self._beyond(values), -math.inf)
+        return torch.full_like(logits, -math.inf).scatter(-1, place, kept)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities (..., V) of the tokens that are left."""
@@ -72,16 +80,18 @@ class Filters:
     def _top_p(self, logits: Tensor) -> Tensor:
         if self.top_p in (0.0, 1.0):
             return logits
-        if self.order == "llamagen":
-            ordered, place = logits.sort(dim=-1, descending=True)
-            probabilities = ordered.softmax(-1)
-            # Those before it already pass p. (A sum less its last term would differ in the last bit.)
-            cut = torch.nn.functional.pad(probabilities.cumsum(-1)[..., :-1] > self.top_p, (1, 0))
-        else:
-            ordered, place = logits.sort(dim=-1)
-            cut = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
-            cut[..., -1] = False
+        ordered, place = logits.sort(dim=-1, descending=True)
+        cut = self._beyond(ordered)
         return logits.masked_fill(torch.zeros_like(cut).scatter(-1, place, cut), -math.inf)
+
+    def _beyond(self, ordered: Tensor) -> Tensor:
+        """What top_p leaves out of falling logits."""
+        if self.order == "llamagen":
+            # Those before it already pass p. (A sum less its last term would differ in the last bit.)
+            return torch.nn.functional.pad(ordered.softmax(-1).cumsum(-1)[..., :-1] > self.top_p, (1, 0))
+        cut = (ordered.flip(-1).softmax(-1).cumsum(-1) <= 1 - self.top_p).flip(-1)
+        cut[..., 0] = False
+        return cut
 
 
 class Race:
@@ -100,8 +110,16 @@ class Race:
         Raises:
             ValueError: another number of rows than of seeds.
         """
-        if len(probabilities) != len(self.seeds):
-            raise ValueError(f"{len(probabilities)} rows were asked of {len(self.seeds)} seeds: give one seed per sample")
+        self._check(probabilities)
         shape = probabilities.shape[1:]
         waits = [torch.empty(shape).exponential_(generator=generator(seed, STREAM, *key)) for seed in self.seeds]
         return (probabilities / torch.stack(waits).to(probabilities)).argmax(-1)
+
+    def draw(self, logits: Tensor, filters: Filters, *key: int) -> Tensor:
+        """Tokens (B, ...) from logits (B, ..., V); at temperature 0 no numbers are drawn. Raises as a call does."""
+        self._check(logits)
+        return logits.argmax(-1) if filters.temperature == 0 else self(filters.probabilities(logits), *key)
+
+    def _check(self, rows: Tensor) -> None:
+        if len(rows) != len(self.seeds):
+            raise ValueError(f"{len(rows)} rows were asked of {len(self.seeds)} seeds: give one seed per sample")

@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,10 +46,6 @@ from genkit.samplers.autoregressive.cache import StaticCache
 
 #: What a host of logits gives a guidance.
 OFFERED = frozenset({"perturb", "noise"})
-#: Rules that are not affine in the predictions, and yet mean something where the mean of the logits is zero.
-CENTRED = frozenset({"APG", "APGMix"})
-#: Affine rules that speak of noise levels or of images.
-ELSEWHERE = {"ZeroInit": "sets a velocity to zero", "CFGPP": "mixes noise levels", "FDG": "splits an image into frequencies"}
 
 
 def check_logits(guidance: Guidance) -> None:
@@ -64,18 +60,26 @@ def check_logits(guidance: Guidance) -> None:
 
 
 def _reason(guidance: Guidance) -> str | None:
-    name = type(guidance).__name__
     if missing := guidance.requires - OFFERED:
         return f"needs {' and '.join(sorted(missing))}"
     if guidance.space != "x0":
         return f"works in the space {guidance.space!r}"
-    if name in ELSEWHERE:
-        return ELSEWHERE[name]
+    if guidance.logits is False:
+        return "is made for images or their noise levels"
     if getattr(guidance, "unit", None) == "sigma" or getattr(guidance, "time", None) in ("flow", "end"):
         return "is bound to noise levels (unit='sigma' or time='flow')"
-    if not guidance.affine and name not in CENTRED:
+    if not guidance.affine and not guidance.logits:
         return "is not affine in its predictions: it is made for the values of images"
     return None
+
+
+class _Pack(NamedTuple):
+    """The rows of one forward pass."""
+
+    rows: Tensor  # of the lane's cache
+    sample: Tensor  # which sample each is of
+    sizes: list[int]  # how many each branch has
+    cache: StaticCache  # over these rows
 
 
 class _Lane:
@@ -85,16 +89,27 @@ class _Lane:
         self.cache, self.batch = cache, batch
         self.slots: dict[Branch, int] = {}
         self.filled = torch.zeros(0, dtype=torch.long)
+        self._packs: dict[tuple[Branch, ...], _Pack] = {}
 
-    def rows_of(self, branches: tuple[Branch, ...], samples: list[Tensor]) -> Tensor:
-        """Rows of the cache, which grows for branches not seen before."""
+    def pack(self, branches: tuple[Branch, ...]) -> _Pack:
+        """The rows of these branches; the cache grows for those not seen before."""
+        if branches in self._packs:
+            return self._packs[branches]
         keys = [b._replace(mask=None, transform=None) for b in branches]
         for key in keys:
             self.slots.setdefault(key, len(self.slots))
         if missing := len(self.slots) * self.batch - len(self.filled):
+            reached = int(self.filled.max()) if len(self.filled) else 0
             self.filled = torch.cat([self.filled, torch.zeros(missing, dtype=torch.long)])
-            self.cache = self.cache.grown(len(self.filled))
-        return torch.cat([self.slots[key] * self.batch + s for key, s in zip(keys, samples, strict=True)])
+            self.cache = self.cache.grown(len(self.filled), reached)
+            self._packs.clear()
+        everyone = torch.arange(self.batch)
+        samples = [everyone if b.mask is None else everyone[b.mask.cpu()] for b in branches]
+        rows = torch.cat([self.slots[key] * self.batch + s for key, s in zip(keys, samples, strict=True)])
+        pack = _Pack(rows, torch.cat(samples), [len(s) for s in samples], self.cache.rows(_span(rows)))
+        if all(b.mask is None and b.transform is None for b in branches):
+            self._packs[branches] = pack
+        return pack
 
 
 class GuidedLogits(Guided):
@@ -220,8 +235,10 @@ class GuidedLogits(Guided):
             raise ValueError(f"length={self.room} is too short for {longest + n} positions; give the run more room")
         if self._history is None:
             self._history = inputs.new_zeros(self.batch, self.room, *inputs.shape[2:])
-        places = self.lengths[:, None] + torch.arange(n)
-        self._history[torch.arange(self.batch)[:, None], places] = inputs
+        if bool((self.lengths == longest).all()):
+            self._history[:, longest : longest + n] = inputs
+        else:
+            self._history[torch.arange(self.batch)[:, None], self.lengths[:, None] + torch.arange(n)] = inputs
 
     def _evaluate_network(self, info: StepInfo, network: Network, branches: tuple[Branch, ...]) -> dict[str, Tensor]:
         name, perturbation = network
@@ -231,35 +248,31 @@ class GuidedLogits(Guided):
         if network not in self._lanes:
             self._lanes[network] = _Lane(StaticCache.of(net, 0, self.room), self.batch)
         lane = self._lanes[network]
-        everyone = torch.arange(self.batch)
-        samples = [everyone if b.mask is None else everyone[b.mask.cpu()] for b in branches]
-        rows, sample = lane.rows_of(branches, samples), torch.cat(samples)
-        condition = self._packed_condition(info, branches)
+        pack, condition = lane.pack(branches), self._packed_condition(info, branches)
         with nullcontext() if perturbation is None else net.perturbed(perturbation):
-            self._catch_up(net, lane, rows, sample, condition)
-            logits, hidden = self._feed(net, lane, rows, sample, condition)
-        sizes = [len(s) for s in samples]
-        self.hidden.update({b.name: h for b, h in zip(branches, hidden.split(sizes), strict=True)})
-        return {b.name: z for b, z in zip(branches, logits.split(sizes), strict=True)}
+            self._catch_up(net, lane, pack, condition)
+            logits, hidden = self._feed(net, lane, pack, condition)
+        self.hidden.update({b.name: h for b, h in zip(branches, hidden.split(pack.sizes), strict=True)})
+        return {b.name: z for b, z in zip(branches, logits.split(pack.sizes), strict=True)}
 
-    def _feed(self, net: Any, lane: _Lane, rows: Tensor, sample: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    def _feed(self, net: Any, lane: _Lane, pack: _Pack, condition: Condition) -> tuple[Tensor, Tensor]:
         assert self._fed is not None
         inputs, mask, positions, tail = self._fed
+        sample = pack.sample
         options: dict[str, Any] = {"mask": mask if mask is None or mask.ndim == 2 else mask[sample]}
         if positions is not None:
             options["positions"] = positions if positions.ndim == 1 else positions[sample]
         lengths = self.lengths[sample]
         start = int(lengths[0]) if bool((lengths == lengths[0]).all()) else lengths
-        same = len(rows) == self.batch and torch.equal(sample, torch.arange(self.batch))
-        fed = inputs if same else inputs[sample]
-        logits, hidden = net(fed, condition, cache=lane.cache.rows(_span(rows)), start=start, **options)
-        lane.filled[rows] = lengths + inputs.shape[1]
+        logits, hidden = net(inputs[sample], condition, cache=pack.cache, start=start, **options)
+        lane.filled[pack.rows] = lengths + inputs.shape[1]
         self._book(sample, inputs.shape[1])
         return centre(logits[:, logits.shape[1] - tail :]), hidden
 
-    def _catch_up(self, net: Any, lane: _Lane, rows: Tensor, sample: Tensor, condition: Condition) -> None:
+    def _catch_up(self, net: Any, lane: _Lane, pack: _Pack, condition: Condition) -> None:
         """Feed the positions that rows have missed: one pass for each stretch that some rows share."""
         assert self._history is not None
+        rows, sample = pack.rows, pack.sample
         while bool((behind := lane.filled[rows] < self.lengths[sample]).any()):
             first = int(behind.nonzero()[0])
             begin, end = int(lane.filled[rows[first]]), int(self.lengths[sample[first]])
@@ -274,11 +287,14 @@ class GuidedLogits(Guided):
         self.ledger.count(1, positions * torch.bincount(sample, minlength=self.batch))
 
     def _packed_condition(self, info: StepInfo, branches: tuple[Branch, ...]) -> Condition:
+        """The conditions, joined; what the network makes of them beforehand, if it can, unless they change from step to step."""
         if any(b.transform is not None or b.mask is not None for b in branches):
             found = zip(self._conditions(info, branches), branches, strict=True)
             return _join([c if b.mask is None else _rows(c, b.mask) for c, b in found])
         if branches not in self._packed:
-            self._packed[branches] = _join(self._conditions(info, branches))
+            joined = _join(self._conditions(info, branches))
+            prepare = getattr(self.model(branches[0].model), "prepare", None)
+            self._packed[branches] = joined if prepare is None else prepare(joined)
         return self._packed[branches]
 
     def _check_average(self, prediction: Tensor) -> None:

@@ -57,7 +57,7 @@ def generate(
         token, base = fed.new_zeros(guided.batch, 1), 1
         for j, size in enumerate(sizes):
             logits = guided.logits(fed, i, network.tokens, tail=1, weight=weights[j])
-            drawn = race(kinds[j].probabilities(logits[..., :size]), i, j)
+            drawn = race.draw(logits[..., :size], kinds[j], i, j)
             own = fixed[:, i : i + 1]
             token = token + base * torch.where(own < 0, drawn, own // base % size)
             fed, base = token, base * size

@@ -6,15 +6,16 @@ distribution that remains when it did not. :func:`verify` walks a tree with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from genkit.guidance.base import check_count
 from genkit.samplers.autoregressive.speculative.tree import TokenTree, children, leaves, paths
-from genkit.tokenizers.quantizers import VectorQuantizer
+from genkit.tokenizers.quantizers import Quantizer, VectorQuantizer
 
 Residual = Literal["consistent", "official"]
 
@@ -29,6 +30,7 @@ class Acceptance(Protocol):
         """(R, V): what is drawn from after ``token`` was refused; q (R, V) is its law, None if it was no draw (q(x) = 1)."""
 
 
+@dataclass(frozen=True)
 class Exact:
     """``accept x with p(x) / q(x), else go on with norm(max(0, p - q))``: the target's own law (Leviathan et al. 2023)."""
 
@@ -48,23 +50,24 @@ class Lantern:
     ``p~(x) <= factor p(x)`` (LANTERN++, Park et al. 2025).
 
     Args:
-        neighbours: (V, m) integers, the codes nearest to each, nearest first and without itself; see :meth:`of`.
-        k: how many of them may be absorbed, from 1 to m (to m - 1 with the official residual).
+        k: how many neighbours may be absorbed, from 1 to V - 2. Default 1000.
         delta: the most probability that may move to a token, in total variation, from 0 to 1. None: ``factor`` bounds it.
         factor: lambda, from 1 on. None: ``delta`` bounds it.
         residual: after a refusal, ``"consistent"`` goes on without x and A, as the relaxed distribution says; ``"official"`` as
             the released code, wherever A is not empty: without the k + 1 codes nearest to x, or, if q is known, with all of the
             target's mass on them.
+        neighbours: (V, m) integers, the codes nearest to each, nearest first and without itself, m at least k (k + 1 with the
+            official residual). None: a pipeline puts in those of its codebook; see also :meth:`of`.
 
     Raises:
         ValueError: none or both of delta and factor, or one out of its range; too few neighbours; an unknown residual.
     """
 
-    neighbours: Tensor
     k: int = 1000
     delta: float | None = 0.1
     factor: float | None = None
     residual: Residual = "consistent"
+    neighbours: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.delta is None) == (self.factor is None):
@@ -73,9 +76,10 @@ class Lantern:
             raise ValueError(f"delta={self.delta} must be from 0 to 1, factor={self.factor} from 1 on")
         if self.residual not in get_args(Residual):
             raise ValueError(f"residual={self.residual!r}: use 'consistent' or 'official'")
-        most = self.neighbours.shape[1] - (self.residual == "official")
-        if not 1 <= self.k <= most:
-            raise ValueError(f"k={self.k}: give 1 to {most}, or a wider table of neighbours than {tuple(self.neighbours.shape)}")
+        check_count(self, "k", 1)
+        most = self.k if self.neighbours is None else self.neighbours.shape[1] - (self.residual == "official")
+        if self.k > most:
+            raise ValueError(f"k={self.k}: give 1 to {most}, the neighbours there are")
 
     @classmethod
     def of(
@@ -89,11 +93,26 @@ class Lantern:
         """The rule for a codebook (V, d) as it was trained: not normalised, where the tokenizer does that. k from 1 to V - 2."""
         quantizer = VectorQuantizer(*codebook.shape)
         quantizer.embedding.weight = torch.nn.Parameter(codebook.detach().float(), requires_grad=False)
-        return cls(quantizer.neighbours(k + 1), k, delta, factor, residual)
+        return cls(k, delta, factor, residual).among(quantizer)
+
+    def among(self, quantizer: Quantizer) -> Self:
+        """This rule with the neighbours among the codes of a quantizer.
+
+        Raises:
+            ValueError: k is above V - 2.
+        """
+        if self.k > quantizer.size - 2:
+            raise ValueError(f"k={self.k}: give 1 to {quantizer.size - 2}, for a codebook of {quantizer.size}")
+        return replace(self, neighbours=quantizer.neighbours(self.k + 1))
+
+    def _near(self, token: Tensor, count: int) -> Tensor:
+        if self.neighbours is None:
+            raise ValueError("neighbours=None: give this rule those of a codebook, Lantern.of(codebook, ...) or among(quantizer)")
+        return self.neighbours.to(token.device)[token, :count].long()
 
     def absorbed(self, p: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The neighbours (R, k) of each token, which of them it absorbs (R, k), and how much they weigh (R,)."""
-        near = self.neighbours.to(p.device)[token, : self.k].long()
+        near = self._near(token, self.k)
         total = p.gather(1, near).cumsum(1)
         bound: float | Tensor = 0.0 if self.delta is None else self.delta
         if self.factor is not None:
@@ -107,7 +126,7 @@ class Lantern:
     def remainder(self, p: Tensor, token: Tensor, q: Tensor | None) -> Tensor:
         near, taken, _ = self.absorbed(p, token)
         if self.residual == "official":
-            near = self.neighbours.to(p.device)[token, : self.k + 1].long()
+            near = self._near(token, self.k + 1)
             taken = taken.any(1, keepdim=True).expand_as(near)
         area = torch.zeros_like(p, dtype=torch.bool).scatter(1, near, taken)
         if q is None:

@@ -49,7 +49,10 @@ class Report:
 
     @property
     def mean_length(self) -> float:
-        """Tokens gained by a pass of the target on average: accepted ones, and the one drawn (LANTERN's step compression)."""
+        """Tokens gained by a pass of the target on average: accepted ones, and the one drawn (LANTERN's step compression).
+
+        As there, what the last pass of a row accepted beyond its end counts too.
+        """
         return self.emitted / max(int(self.passes.sum()), 1)
 
     @property
@@ -129,7 +132,7 @@ class _Run:
             warnings.warn(
                 f"the network computes in {weight.dtype}: greedy tokens may differ from decoding one by one", stacklevel=3
             )
-        # A row that is finished may stand a path beyond the end while others still verify their trees.
+        # Rows that are finished stand at their end while others still verify their trees.
         guided.room = max(guided.room, self.prefix + self.wanted + 2 * drafter.nodes)
         self.device, self.race, self.round, batch = weight.device, Race(seeds), 0, guided.batch
         self.tokens = torch.zeros(batch, self.wanted + drafter.nodes, dtype=torch.long, device=self.device)
@@ -170,8 +173,9 @@ class _Run:
         old = self.tokens.gather(1, places.clamp_max(self.tokens.shape[1] - 1))
         there = torch.arange(path.shape[1], device=self.device) < length[:, None]
         self.tokens.scatter_(1, places.clamp_max(self.tokens.shape[1] - 1), torch.where(there, new, old))
-        self.counts = self.counts + length.cpu()
-        self.seen = Seen(self.tokens, self.counts, length.cpu(), hidden)
+        before, self.counts = self.counts, (self.counts + length.cpu()).clamp_max(self.wanted)
+        self.guided.rewind(self.prefix + self.counts - 1)  # a row that has all its tokens stands at its end, not beyond it
+        self.seen = Seen(self.tokens, self.counts, self.counts - before, hidden)
         self.report.draft_seconds += halfway - begin
         self.report.verify_seconds += time.perf_counter() - halfway
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit.models.eagle import EagleHead
 from genkit.samplers.autoregressive.cache import StaticCache
+from genkit.samplers.autoregressive.guided import centre
 from genkit.samplers.autoregressive.speculative.stepwise import TreeLogits
 from genkit.samplers.autoregressive.speculative.tree import DynamicTree, Expansion, Sample, Shape, StaticTree, TokenTree
 from genkit.samplers.autoregressive.speculative.tree import attention_mask as mask_of
@@ -68,10 +69,24 @@ class EagleDrafter:
 class _EagleRun:
     def __init__(self, drafter: EagleDrafter, run: TreeLogits) -> None:
         self.head, self.output, self.shape, self.run = drafter.head, drafter.output, drafter.shape, run
-        self.total = run.model("main").tokens
+        self.total: int = run.model("main").tokens
         self.filled = torch.zeros(run.batch, dtype=torch.long)
         self.cache: StaticCache | None = None
         self.names: tuple[str, ...] = ()
+        self.unbroken = self._unbroken()
+
+    def _unbroken(self) -> int:
+        """The first step that needs a branch which was not there at all steps before: from it on, drafts are conditional.
+
+        Whether the branch is there then depends on the other rows of the batch; what is drafted for a row must not.
+        """
+        there: set[str] | None = None
+        for step in range(self.total):
+            names = {b.name for b in self.run._plan(step, self.total)}
+            if there is not None and not names <= there:
+                return step
+            there = names
+        return self.total
 
     def propose(self, seen: Seen, sample: Sample | None) -> TokenTree:
         self._keep_branches(seen.features)
@@ -117,8 +132,13 @@ class _EagleRun:
         return out
 
     def _logits(self, features: Tensor, steps: Tensor) -> Tensor:
-        logits = self.output(features).float().chunk(len(self.names))
-        return self.run.guide(dict(zip(self.names, logits, strict=True)), steps.to(features.device), self.total)
+        logits = dict(zip(self.names, self.output(features).float().chunk(len(self.names)), strict=True))
+        steps = steps.to(features.device)
+        if self.unbroken == self.total or "cond" not in logits:
+            return self.run.guide(logits, steps, self.total)
+        alone = steps >= self.unbroken
+        guided = self.run.guide(logits, steps.clamp_max(self.unbroken - 1), self.total)
+        return torch.where(alone[..., None], centre(logits["cond"]), guided)
 
     def _expand(self, tokens: Tensor, parents: Tensor) -> Tensor:
         many, m = len(self.names), tokens.shape[1]
@@ -166,10 +186,11 @@ class _ModelRun:
         index = (place - self.prefix).clamp(0, seen.tokens.shape[1] - 1).to(device)
         positions = place.clamp_max(self.last).to(device)
         steps = (place - self.prefix + 1).to(device)
-        logits = self.own.nodes(seen.tokens.gather(1, index), steps, self.total, positions=positions)
+        self.level = 0
+        logits = self.own.nodes(seen.tokens.gather(1, index), steps, self.total, positions=positions, ahead=self.shape.levels)
         self.own.rewind(end)
         first = logits[torch.arange(len(logits)), (end - lengths - 1).clamp_min(0).to(device)]
-        self.base, self.expansion, self.level = end, Expansion(len(end), device), 0
+        self.base, self.expansion = end, Expansion(len(end), device)
         root = seen.tokens.gather(1, (seen.counts.to(device) - 1)[:, None])[:, 0]
         tree = self.shape.grow(root, first, self._expand, sample)
         self.own.rewind(end)
@@ -180,7 +201,8 @@ class _ModelRun:
         place = (self.base + self.level)[:, None].expand(tokens.shape).to(tokens.device)
         self.level += 1
         positions, steps = place.clamp_max(self.last), place - self.prefix + 1
-        return self.own.nodes(tokens, steps, self.total, mask=mask_of(look, self.base), positions=positions)
+        ahead = self.shape.levels - self.level
+        return self.own.nodes(tokens, steps, self.total, mask=mask_of(look, self.base), positions=positions, ahead=ahead)
 
 
 class CopyDrafter:

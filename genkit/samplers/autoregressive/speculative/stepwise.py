@@ -22,9 +22,17 @@ class TreeLogits(GuidedLogits):
     """
 
     _steps: Tensor | None = None
+    _ahead = 0
 
     def nodes(
-        self, inputs: Tensor, steps: Tensor, total: int, *, mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        inputs: Tensor,
+        steps: Tensor,
+        total: int,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        ahead: int = 0,
     ) -> Tensor:
         """Feed nodes and guide them, (B, n, V).
 
@@ -33,11 +41,13 @@ class TreeLogits(GuidedLogits):
             steps: (B, n), the step that each node's prediction is.
             total: the number of steps.
             mask, positions: passed on to the network.
+            ahead: branches that are needed up to so many steps later are evaluated too: what follows on these nodes cannot
+                feed them to a branch that missed them.
 
         Raises:
             ValueError: the guidance depends on earlier steps, or on random numbers.
         """
-        self._steps = steps.clamp(0, total - 1)
+        self._steps, self._ahead = steps.clamp(0, total - 1), ahead
         try:
             return self.logits(inputs, int(self._steps.min()), total, mask=mask, positions=positions)
         finally:
@@ -48,8 +58,8 @@ class TreeLogits(GuidedLogits):
             return super().__call__(info)
         self._asked = ()
         self._check_stateless(self.state)
-        plans = {step: self._plan(step, info.total) for step in self._steps.unique().tolist()}
-        branches = tuple(dict.fromkeys(b for plan in plans.values() for b in plan))
+        steps = {min(step + i, info.total - 1) for step in self._steps.unique().tolist() for i in range(self._ahead + 1)}
+        branches = tuple(dict.fromkeys(b for step in sorted(steps) for b in self._plan(step, info.total)))
         predictions = self.evaluate(info, branches)
         result = Result(self.guide(predictions, self._steps, info.total))
         if self.level != "none":
