@@ -16,6 +16,9 @@ from torch import Tensor
 
 from genkit_eval.files import TEMPORARY, in_use, temporary_beside, write_bytes
 
+#: What the name of a further layer's tensor begins with.
+LAYER = "layer."
+
 
 @dataclass(frozen=True)
 class Block:
@@ -23,7 +26,8 @@ class Block:
 
     ``wall`` and ``cpu`` are seconds spent in generating all n images (features not included); ``calls`` counts network calls;
     ``trace`` holds the rows of the per-step trace, for the first block of a run only. ``made_with`` holds the different
-    commits and devices that stored blocks were made with; a block not stored yet has none.
+    commits and devices that stored blocks were made with; a block not stored yet has none. ``layers`` are the extractor's other
+    layers by name, each with n rows.
     """
 
     features: Tensor
@@ -35,6 +39,7 @@ class Block:
     calls: int
     trace: list[dict[str, Any]]
     made_with: list[dict[str, Any]] = field(default_factory=list)
+    layers: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.nfe.shape[0])
@@ -82,6 +87,7 @@ class BlockStore:
     def write(self, index: int, block: Block) -> None:
         """Store a block under a temporary name and rename it into place."""
         tensors = {"features": block.features, "pixels": block.pixels, "labels": block.labels, "nfe": block.nfe}
+        tensors |= {f"{LAYER}{name}": values for name, values in block.layers.items()}
         numbers = {"wall": block.wall, "cpu": block.cpu, "calls": block.calls, "trace": block.trace}
         made_with = [self.made_with] if self.made_with else []
         metadata = {"config": self.config_hash, "numbers": json.dumps(numbers), "made_with": json.dumps(made_with)}
@@ -93,7 +99,8 @@ class BlockStore:
             metadata = handle.metadata() or {}
             numbers, made_with = json.loads(metadata["numbers"]), json.loads(metadata.get("made_with", "[]"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        return Block(**tensors, **numbers, made_with=made_with)
+        layers = {name.removeprefix(LAYER): tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)}
+        return Block(**tensors, **numbers, made_with=made_with, layers=layers)
 
     def read_all(self, total: int, block_size: int) -> Block:
         """The first ``total`` images in index order, as one block; a block cut short costs in proportion."""
@@ -103,6 +110,9 @@ class BlockStore:
             name: torch.cat([getattr(part, name)[:n] for part, n in zip(parts, used, strict=True)])
             for name in ("features", "pixels", "labels", "nfe")
         }
+        layers = {
+            name: torch.cat([part.layers[name][:n] for part, n in zip(parts, used, strict=True)]) for name in parts[0].layers
+        }
         share = [n / len(part) for part, n in zip(parts, used, strict=True)]
         wall = sum(part.wall * s for part, s in zip(parts, share, strict=True))
         cpu = sum(part.cpu * s for part, s in zip(parts, share, strict=True))
@@ -110,7 +120,7 @@ class BlockStore:
         for known in (known for part in parts for known in part.made_with):
             if known not in made_with:
                 made_with.append(known)
-        return Block(**join, wall=wall, cpu=cpu, calls=calls, trace=parts[0].trace, made_with=made_with)
+        return Block(**join, wall=wall, cpu=cpu, calls=calls, trace=parts[0].trace, made_with=made_with, layers=layers)
 
     def clean(self, everything: bool = False) -> None:
         """Remove what a process that is gone left half written; with ``everything`` the finished blocks too."""

@@ -24,6 +24,22 @@ Samples = Annotated[int, typer.Option(help="Images per guidance.")]
 Steps = Annotated[int, typer.Option(help="Sampler steps.")]
 Replicates = Annotated[int, typer.Option(help="Bootstrap resamples for the intervals; 0 for none.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what another run left in --out.")]
+ExtractorName = Annotated[str, typer.Option(help="Feature network, or package.module:factory.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor; default: fetched on first use.")]
+Resize = Annotated[str | None, typer.Option(help="Resize rule of the extractor, such as tf1 or clean; default its own.")]
+AnyWeights = Annotated[bool, typer.Option("--any-weights", help="Take a weights file with another hash, under another name.")]
+Device = Annotated[str, typer.Option(help="Where the networks run: cpu, cuda, ...")]
+Size = Annotated[int | None, typer.Option(help="Bring images to this side first; default as stored.")]
+Crop = Annotated[str | None, typer.Option(help="adm, center or none; default adm with --size, none without.")]
+Count = Annotated[int | None, typer.Option(help="Use the first so many images; default all.")]
+MaxErrors = Annotated[int, typer.Option(help="Unreadable files that may be left out.")]
+BatchSize = Annotated[int, typer.Option(help="Images through the extractor at once.")]
+Workers = Annotated[int | None, typer.Option(help="Decoding threads; default one for each core.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep features in $GENKIT_CACHE (~/.cache/genkit) and use them.")]
+PLACES = "a folder, .zip, .tar, .npz or .npy, or folder: imagenet: zip: tar: wds: npz: hf: with ?size=...&crop=...&n=..."
+
+references = typer.Typer(help="Reference statistics: build, convert, show.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(references, name="reference")
 
 
 def _version(value: bool) -> None:
@@ -49,19 +65,25 @@ def run(
     out: Out,
     model: Annotated[str, typer.Option(help="Built-in name or path to a .safetensors checkpoint.")] = "builtin/cifar10",
     num_samples: Samples = 2000,
-    sampler: Annotated[str, typer.Option(help="Sampler name or expression.")] = "heun",
-    steps: Steps = 18,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Sampler name or expression (default heun); 'next_token(top_k=50)' for models that draw tokens."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps (default 18); models that draw tokens have their own.")] = None,
     seed: Annotated[int, typer.Option(help="Image k has seed SEED + k.")] = 0,
     labels: Annotated[
         str, typer.Option(help="Class of image k: 'balanced' (k mod C) or 'random' (hash of seed and k).")
     ] = "balanced",
     block_size: Annotated[int, typer.Option(help="Images generated at once and stored together.")] = 50,
-    extractor: Annotated[str, typer.Option(help="Feature network.")] = "builtin/cifar10",
+    extractor: ExtractorName = "builtin/cifar10",
+    weights: Weights = None,
+    resize: Resize = None,
+    any_weights: AnyWeights = False,
     reference: Annotated[
         Path | None, typer.Option(help="Reference statistics (.safetensors); default: the extractor's own.")
     ] = None,
     bootstrap: Replicates = 200,
-    device: Annotated[str, typer.Option(help="Where the networks run: cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Generate, score and report one or more guidances."""
@@ -83,6 +105,9 @@ def run(
             bootstrap,
             device,
             overwrite,
+            weights,
+            resize,
+            any_weights,
         )
     )
 
@@ -102,6 +127,105 @@ def quickstart(
 
     options = RunOptions(list(QUICKSTART), out, num_samples=num_samples, sampler="dpmpp_2m", steps=steps, block_size=100)
     execute(replace(options, bootstrap=bootstrap, overwrite=overwrite))
+
+
+@app.command()
+def score(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Sets of images: {PLACES}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; sets scored before stay in it.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference (.safetensors, .npz, .pkl, .pt); default: the extractor's own.")
+    ] = None,
+    extractor: ExtractorName = "builtin/cifar10",
+    weights: Weights = None,
+    resize: Resize = None,
+    any_weights: AnyWeights = False,
+    name: Annotated[list[str] | None, typer.Option(help="What a set is called, in order; default its place.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="A metric beside the standard ones. Repeat for several.")] = None,
+    size: Size = None,
+    crop: Crop = None,
+    num_images: Count = None,
+    max_errors: MaxErrors = 0,
+    bootstrap: Replicates = 200,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    cache: Cache = True,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Score existing images against a reference and report."""
+    from genkit_eval.commands.score import ScoreOptions, run_score
+    from genkit_eval.commands.work import Looking, Network
+
+    network = Network(extractor, weights, resize, device, any_weights)
+    looking = Looking(size, crop, num_images, max_errors, batch_size, workers, cache)
+    run_score(ScoreOptions(images, out, reference, network, looking, name or [], metric or [], bootstrap, overwrite))
+
+
+@references.command()
+def build(
+    source: Annotated[str, typer.Argument(help=f"Images: {PLACES}.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .npz as ADM's evaluator reads it.")],
+    extractor: ExtractorName = "builtin/cifar10",
+    weights: Weights = None,
+    resize: Resize = None,
+    any_weights: AnyWeights = False,
+    dataset: Annotated[str | None, typer.Option(help="What the images are, for the results; default their place.")] = None,
+    num_features: Annotated[
+        int, typer.Option(help="Rows of features stored for precision and recall (a random sample).")
+    ] = 10_000,
+    keep_images: Annotated[int, typer.Option(help="Images stored too, as arr_0 for ADM's evaluator.")] = 0,
+    size: Size = None,
+    crop: Crop = None,
+    num_images: Count = None,
+    max_errors: MaxErrors = 0,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    cache: Cache = True,
+    device: Device = "cpu",
+) -> None:
+    """Statistics of images into a reference file."""
+    from genkit_eval.commands.reference import run_build
+    from genkit_eval.commands.work import Looking, Network
+
+    looking = Looking(size, crop, num_images, max_errors, batch_size, workers, cache)
+    run_build(source, out, Network(extractor, weights, resize, device, any_weights), looking, num_features, keep_images, dataset)
+
+
+@references.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A reference: .safetensors, or of ADM, pytorch-fid, EDM2, ...")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .npz as ADM's evaluator reads it.")],
+    extractor: Annotated[str | None, typer.Option(help="Network that IN was made with; other tools do not say.")] = None,
+    weights: Weights = None,
+    resize: Resize = None,
+    any_weights: AnyWeights = False,
+    num_images: Annotated[int | None, typer.Option(help="Images behind the statistics, where IN does not say.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="What the images are; default the name of IN.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Of an EDM2 pkl: fid or fd_dinov2.")] = None,
+    keep_images: Annotated[int, typer.Option(help="Images of arr_0 to keep.")] = 0,
+    batch_size: BatchSize = 64,
+    cache: Cache = True,
+    device: Device = "cpu",
+) -> None:
+    """A reference of another tool into ours, or ours into ADM's npz. Pickles are read without executing any of them."""
+    from genkit_eval.commands.reference import Said, run_convert
+    from genkit_eval.commands.work import Looking, Network
+
+    network = None if extractor is None else Network(extractor, weights, resize, device, any_weights)
+    said = Said(num_images, dataset, entry, keep_images)
+    run_convert(source, out, network, Looking(batch_size=batch_size, cache=cache), said)
+
+
+@references.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A reference file of any tool.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What is inside a reference file."""
+    from genkit_eval.commands.reference import run_show
+
+    run_show(file, as_json)
 
 
 @app.command()

@@ -12,10 +12,12 @@ import typer
 from genkit_eval import provenance
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import load_extractor
+from genkit_eval.extractors.weights import cache_folder
 from genkit_eval.files import check_writable
+from genkit_eval.generate import options_of
 from genkit_eval.labels import LABEL_RULES
 from genkit_eval.protocols import Pipeline
-from genkit_eval.reference import load_reference
+from genkit_eval.references import Work, load_reference
 from genkit_eval.report import check_installed
 from genkit_eval.run import Request, blocks_done, check_shape, compare_sheet, make_config, run
 from genkit_eval.score import Bootstrap
@@ -34,8 +36,8 @@ class RunOptions:
     out: Path
     model: str = "builtin/cifar10"
     num_samples: int = 2000
-    sampler: str = "heun"
-    steps: int = 18
+    sampler: str | None = None
+    steps: int | None = None
     seed: int = 0
     labels: str = "balanced"
     block_size: int = 50
@@ -44,10 +46,13 @@ class RunOptions:
     bootstrap: int = 200
     device: str = "cpu"
     overwrite: bool = False
+    weights: Path | None = None
+    resize: str | None = None
+    any_weights: bool = False
 
     def check(self) -> None:
         """InputError for a number out of range or an unknown rule."""
-        _at_least("--steps", self.steps, 1)
+        _at_least("--steps", 1 if self.steps is None else self.steps, 1)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--bootstrap", self.bootstrap, 0)
         if not 0 <= self.seed < SEED_LIMIT:
@@ -76,14 +81,22 @@ def parse_guidances(texts: list[str]) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-def check_sampler(text: str) -> None:
-    """InputError for a sampler that is not known."""
+def settle_sampler(pipe: Pipeline, sampler: str | None, steps: int | None) -> tuple[str, int]:
+    """Sampler and steps: as asked, or else the pipeline's own, or heun in 18. InputError for what it cannot do."""
     from genkit.samplers.diffusion import find_sampler
 
+    own: str | None = getattr(pipe, "sampler", None)
+    length: int = 18 if own is None else pipe.steps  # type: ignore[attr-defined]  # those that have one sampler have both
+    if own is not None and steps not in (None, length):
+        raise InputError("--steps", f"{pipe.name} draws images in {length} steps; leave it out")
+    chosen, count = (own or "heun") if sampler is None else sampler, length if steps is None else steps
     try:
-        find_sampler(text)
+        if own is None:
+            find_sampler(chosen)
+        options_of(pipe, chosen, count)
     except ValueError as error:
         raise InputError("--sampler", str(error)) from None
+    return chosen, count
 
 
 def check_device(device: str) -> None:
@@ -104,6 +117,8 @@ def load_pipeline(model: str, device: str) -> Pipeline:
         pipe: Pipeline = genkit.load(model, device=device)
     except (OSError, ValueError) as error:
         raise InputError("--model", str(error)) from None
+    if not pipe.num_classes:
+        raise InputError("--model", f"{pipe.name} takes text; only models of classes work")
     return pipe
 
 
@@ -114,14 +129,14 @@ def execute(options: RunOptions) -> None:
     guidances = parse_guidances(options.guidance)
     bootstrap = Bootstrap(options.bootstrap)
     request = Request(guidances, options.num_samples, options.out, bootstrap, options.overwrite, True, options.device)
-    check_sampler(options.sampler)
     check_device(options.device)
     check_writable(options.out)
-    extractor = load_extractor(options.extractor, options.device)
-    reference = load_reference(options.reference, extractor)
+    extractor = load_extractor(options.extractor, options.device, options.weights, options.resize, options.any_weights)
+    reference = load_reference(options.reference, extractor, Work(cache_folder()))
     pipe = load_pipeline(options.model, options.device)
     check_shape(pipe, extractor)
-    config = make_config(pipe, extractor, options.sampler, options.steps, options.seed, options.labels, options.block_size)
+    sampler, steps = settle_sampler(pipe, options.sampler, options.steps)
+    config = make_config(pipe, extractor, sampler, steps, options.seed, options.labels, options.block_size)
     try:
         if not options.overwrite:
             done, total = blocks_done(config, request)

@@ -13,32 +13,35 @@ from genkit_eval.blocks import Block, BlockStore
 from genkit_eval.config import slug
 from genkit_eval.errors import InputError
 from genkit_eval.files import read_json, write_json
-from genkit_eval.metrics import METRICS
-from genkit_eval.reference import Reference
-from genkit_eval.score import Bootstrap, cost, score
+from genkit_eval.metrics import METRICS, Sample
+from genkit_eval.references import Reference
+from genkit_eval.score import Bootstrap, cost, missing, score
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What images are compared with, and how: reference, resamples, and the extractor's label for titles."""
+    """What images are compared with, and how: reference, resamples, the extractor's label for titles, metrics beside the standard
+    ones."""
 
     reference: Reference
     bootstrap: Bootstrap
     label: str
+    extra: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The part of an entry that says which numbers may stand beside its own."""
-        return {"reference_sha256": self.reference.sha256, "bootstrap": self.bootstrap.as_dict()}
+        known = {"reference_sha256": self.reference.sha256, "bootstrap": self.bootstrap.as_dict()}
+        return {**known, "extra_metrics": list(self.extra)} if self.extra else known
 
     def agrees(self, entry: dict[str, Any]) -> bool:
         """Whether ``entry`` was scored in this way."""
         return all(entry.get(key) == value for key, value in self.as_dict().items())
 
 
-def scored(folder: Path, block: Block, stamp: str, scoring: Scoring) -> dict[str, Any]:
+def scored(folder: Path, fake: Sample, stamp: str, scoring: Scoring) -> dict[str, Any]:
     """Scores from the folder if they belong to exactly these images and settings, else computed and stored."""
     specs = sorted((name, spec.variant, spec.interval_of) for name, spec in METRICS.items())
-    protocol = [stamp, len(block), scoring.as_dict(), specs]
+    protocol = [stamp, len(fake), scoring.as_dict(), specs]
     key = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()
     path = folder / results.SCORES
     if path.exists():
@@ -49,29 +52,42 @@ def scored(folder: Path, block: Block, stamp: str, scoring: Scoring) -> dict[str
         if stored.get("key") == key:
             metrics: dict[str, Any] = stored["metrics"]
             return metrics
-    metrics = score(block, scoring.reference, scoring.label, scoring.bootstrap)
+    metrics = score(fake, scoring.reference, scoring.label, scoring.bootstrap, scoring.extra)
     write_json(path, {"key": key, "metrics": metrics})
     return metrics
 
 
-def make_entry(out: Path, text: str, guidance: str, stamp: str, block: Block, scoring: Scoring) -> dict[str, Any]:
-    """Score ``block`` and describe it; ``guidance`` is the ``repr``, ``text`` what was typed."""
-    name = slug(guidance)
-    metrics = scored(out / name, block, stamp, scoring)
+def sample_of(block: Block) -> Sample:
+    """A block as the metrics see it."""
+    return Sample(block.features, block.pixels, layers=block.layers, labels=block.labels)
+
+
+def describe(out: Path, label: str, expression: str, stamp: str, fake: Sample, scoring: Scoring) -> dict[str, Any]:
+    """Score ``fake`` and describe it: what an entry has whether its images were made here or found.
+
+    ``expression`` names the entry's folder; ``stamp`` is a hash of everything that the images depend on.
+    """
+    name = slug(expression)
+    metrics = scored(out / name, fake, stamp, scoring)
     hidden = ("replicates", "basis")
+    lacking = missing(fake, scoring.reference, scoring.label, scoring.extra)
     return {
-        "label": text,
-        "guidance": guidance,
+        "label": label,
+        "guidance": expression,
         "slug": name,
         "config_sha256": stamp,
-        "n": len(block),
+        "n": len(fake),
         **scoring.as_dict(),
-        "made_with": block.made_with,
         "metrics": {key: {k: v for k, v in metric.items() if k not in hidden} for key, metric in metrics.items()},
-        "cost": cost(block),
-        "trace": block.trace,
+        **({"not_available": lacking} if lacking else {}),
         "grid": f"{name}/grid.png",
     }
+
+
+def make_entry(out: Path, text: str, guidance: str, stamp: str, block: Block, scoring: Scoring) -> dict[str, Any]:
+    """Score ``block`` and describe it; ``guidance`` is the ``repr``, ``text`` what was typed."""
+    entry = describe(out, text, guidance, stamp, sample_of(block), scoring)
+    return {**entry, "made_with": block.made_with, "cost": cost(block), "trace": block.trace}
 
 
 def settle(out: Path, entries: list[dict[str, Any]], asked: set[str], block_size: int, scoring: Scoring) -> list[dict[str, Any]]:

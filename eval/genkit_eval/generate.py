@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 
+from genkit.guidance.expressions import build
 from genkit_eval.blocks import Block, BlockStore
 from genkit_eval.config import RunConfig
-from genkit_eval.extractors import Extractor
+from genkit_eval.extractors import MAIN, Extractor
 from genkit_eval.labels import labels_of
 from genkit_eval.protocols import Pipeline
 
@@ -31,18 +33,18 @@ def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunC
     wall, cpu = time.perf_counter(), time.process_time()
     trace = "full" if first else "none"
     try:
-        out = pipe(classes=labels, seeds=seeds, guidance=guidance, sampler=config.sampler, steps=config.steps, trace=trace)
+        out = pipe(classes=labels, seeds=seeds, guidance=guidance, trace=trace, **options_of(pipe, config.sampler, config.steps))
     except ValueError as error:
         raise RefusedError(str(error)) from error
     pixels = out.pixels.cpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    features = extractor(pixels)
-    if not bool(torch.isfinite(features).all()):
+    layers = extractor(pixels)
+    if not all(bool(torch.isfinite(values).all()) for values in layers.values()):
         raise RefusedError(
             f"features of images {indices.start} to {indices.stop - 1} are not finite: the model or the guidance diverged"
         )
     return Block(
-        features,
+        layers.pop(MAIN),
         pixels,
         torch.tensor(labels),
         torch.tensor([int(n) for n in out.nfe]),
@@ -50,7 +52,24 @@ def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunC
         cpu,
         int(out.calls),
         _plain_rows(out.trace.rows, len(labels)) if first else [],
+        layers=layers,
     )
+
+
+def options_of(pipe: Pipeline, sampler: str, steps: int) -> dict[str, Any]:
+    """How the pipeline is told to sample. One that draws in one way alone takes that name's arguments: ``next_token(top_k=50)``.
+
+    Raises ValueError for anything else than that call.
+    """
+    own = getattr(pipe, "sampler", None)
+    if own is None:
+        return {"sampler": sampler, "steps": steps}
+    found = build(sampler, {own: dict}, "sampler")
+    if not isinstance(found, dict):
+        raise ValueError(f"sampler={sampler!r}: {pipe.name} draws by {own}")
+    if unknown := set(found) - set(inspect.signature(pipe.__call__).parameters):
+        raise ValueError(f"sampler: {own} takes no {', '.join(sorted(unknown))}")
+    return found
 
 
 def _plain_rows(rows: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:

@@ -24,8 +24,11 @@ class Pipeline(Protocol):
         seeds: Sequence[int],
         guidance: Any,
         *,
-        sampler: str,
-        steps: int,
         trace: Any,
+        **options: Any,
     ) -> Any:
-        """Generate; the result has ``pixels`` uint8 (B, 3, H, W), ``nfe`` (B ints), ``calls`` and ``trace.rows`` (dicts)."""
+        """Generate; the result has ``pixels`` uint8 (B, 3, H, W), ``nfe`` (B ints), ``calls`` and ``trace.rows`` (dicts).
+
+        The options are ``sampler`` and ``steps``. A pipeline that draws in one way alone names that in an attribute ``sampler``
+        and its steps in ``steps``; it is given the options of that way.
+        """

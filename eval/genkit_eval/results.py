@@ -76,7 +76,12 @@ def warnings_of(entries: list[dict[str, Any]]) -> list[str]:
         found.append(
             f"Sample counts differ between guidances ({', '.join(f'{n:,}' for n in counts)}): compare only rows of one count."
         )
+    found += [f"{title} is not available: {reason}." for title, reason in _missing(entries).items()]
     return found + [note for entry in entries if (note := _commits_note(entry))]
+
+
+def _missing(entries: list[dict[str, Any]]) -> dict[str, str]:
+    return {title: reason for entry in entries for title, reason in entry.get("not_available", {}).items()}
 
 
 def _commits_note(entry: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from genkit_eval.files import check_writable, read_json, write_bytes, write_json
 from genkit_eval.generate import RefusedError, block_ranges, fill
 from genkit_eval.labels import LABEL_RULES
 from genkit_eval.protocols import Pipeline
-from genkit_eval.reference import Reference
+from genkit_eval.references import Reference
 from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
 from genkit_eval.score import MIN_SAMPLES, Bootstrap
 
@@ -94,16 +94,26 @@ def prepare_folder(out: Path, config: RunConfig, overwrite: bool) -> None:
     write_json(path, config.as_dict())
 
 
-def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
-    """Everything a results file says beside the numbers."""
-    known = config.as_dict()
-    keys = ("model", "model_sha256", "sampler", "steps", "seed", "block_size", "uint8_rule")
+def common_header(extractor: Extractor, reference: Reference, bootstrap: Bootstrap, device: str) -> dict[str, Any]:
+    """What a results file says whether its images were made here or found."""
     return {
         "date": provenance.now(),
         "command": provenance.command(),
         "versions": provenance.versions(),
         "git": provenance.git_commit(),
-        "hardware": provenance.hardware(request.device),
+        "hardware": provenance.hardware(device),
+        "extractor": extractor.as_dict(),
+        "reference": reference.as_dict(),
+        "bootstrap": bootstrap.as_dict(),
+    }
+
+
+def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
+    """Everything a results file says beside the numbers."""
+    known = config.as_dict()
+    keys = ("model", "model_sha256", "sampler", "steps", "seed", "block_size", "uint8_rule")
+    return {
+        **common_header(extractor, reference, request.bootstrap, request.device),
         "generation": {
             **{key: known[key] for key in keys},
             "seed_rule": f"seed of image k = {config.seed} + k",
@@ -112,9 +122,6 @@ def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: R
             "class_names": list(pipe.class_names),
             "image_shape": list(pipe.image_shape),
         },
-        "extractor": {"name": extractor.name, "label": extractor.label, "sha256": extractor.sha256, "resize": extractor.resize},
-        "reference": reference.as_dict(),
-        "bootstrap": request.bootstrap.as_dict(),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from genkit_eval.blocks import Block
-from genkit_eval.metrics import METRICS, Pair, Sample
-from genkit_eval.metrics.counts import draw_counts, interval
-from genkit_eval.reference import Reference
+from genkit_eval.errors import InputError
+from genkit_eval.metrics import METRICS, Pair, Sample, Spec, unavailable
+from genkit_eval.metrics.counts import Counts, draw_counts, interval
+from genkit_eval.references import Reference
 
 LEVEL = 0.95
 # Extra digits would only make the file longer: replicates serve intervals of differences.
@@ -43,29 +45,60 @@ def basis(reference_sha256: str, bootstrap: Bootstrap) -> str:
     return hashlib.sha256(json.dumps([reference_sha256, bootstrap.as_dict()]).encode()).hexdigest()[:16]
 
 
-def score(block: Block, reference: Reference, label: str, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
-    """Every registered metric: value, protocol, sample counts, interval and its replicates.
+def chosen(extra: Sequence[str] = ()) -> list[Spec]:
+    """The standard metrics and those asked for by name; InputError for a name that is not registered."""
+    unknown = [name for name in extra if name not in METRICS]
+    if unknown:
+        raise InputError("--metric", f"got {unknown[0]!r}; one of {', '.join(METRICS)} works")
+    return [spec for name, spec in METRICS.items() if spec.standard or name in extra]
 
-    ``label`` is the extractor's, for titles such as ``FD-CIFAR10``.
+
+def score(
+    fake: Sample, reference: Reference, label: str, bootstrap: Bootstrap, extra: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Every metric that can be computed: value, protocol, sample counts, interval and its replicates.
+
+    ``label`` is the extractor's, for titles such as ``FD-CIFAR10``. ``extra`` names metrics beside the standard ones.
     """
-    pair = Pair(reference.sample, Sample(block.features, block.pixels))
+    pair = Pair(reference.sample, fake)
     counts = draw_counts(len(pair.fake), len(pair.real), bootstrap.replicates, bootstrap.seed) if bootstrap.replicates else None
     found = {}
-    for name, spec in METRICS.items():
-        value = spec.value(pair)
-        replicates = spec.replicates(pair, counts) if counts is not None else None
-        found[name] = {
-            "title": spec.title.format(extractor=label),
-            "variant": spec.variant,
-            "better": spec.better,
-            "value": value,
-            "interval": None if replicates is None else list(interval(value, replicates, LEVEL, spec.bounds)),
-            "interval_of": spec.interval_of,
-            "n_fake": len(pair.fake),
-            "n_real": None if spec.source == "pixels" else reference.num_images if spec.over_moments else len(pair.real),
-            "basis": basis(reference.sha256, bootstrap),
-            "replicates": None if replicates is None else [float(f"{r:.{REPLICATE_DIGITS}g}") for r in replicates.tolist()],
-        }
+    for spec in chosen(extra):
+        if unavailable(spec, pair) is None:
+            found[spec.name] = _numbers(spec, pair, reference, label, bootstrap, counts)
+    return found
+
+
+def _numbers(
+    spec: Spec, pair: Pair, reference: Reference, label: str, bootstrap: Bootstrap, counts: Counts | None
+) -> dict[str, Any]:
+    value = spec.value(pair)
+    replicates = spec.replicates(pair, counts) if counts is not None else None
+    n_real = {"none": None, "moments": reference.num_images or None}.get(spec.reference, len(pair.real))
+    return {
+        "title": spec.heading(label),
+        "variant": spec.protocol(n_real or 0, len(pair.fake)),
+        "better": spec.better,
+        "value": value,
+        "interval": None if replicates is None else list(interval(value, replicates, LEVEL, spec.bounds)),
+        "interval_of": spec.interval_of,
+        "n_fake": len(pair.fake),
+        "n_real": n_real,
+        "basis": basis(reference.sha256, bootstrap),
+        "replicates": None if replicates is None else [float(f"{r:.{REPLICATE_DIGITS}g}") for r in replicates.tolist()],
+    }
+
+
+def missing(fake: Sample, reference: Reference, label: str, extra: Sequence[str] = ()) -> dict[str, str]:
+    """Why metrics are not among the scores, by title.
+
+    Standard ones that read a layer which the extractor does not make are not worth a word; those asked for by name are.
+    """
+    pair, found = Pair(reference.sample, fake), {}
+    for spec in chosen(extra):
+        reason = unavailable(spec, pair)
+        if reason is not None and (spec.name in extra or all(layer in fake.layers for layer in spec.inputs)):
+            found[spec.heading(label)] = reason
     return found
 
 

@@ -64,7 +64,9 @@ def columns_of(entries: list[dict[str, Any]]) -> list[Column]:
     """All columns: the first metric, what it cost, then the other metrics."""
     names = {name for entry in entries for name in entry["metrics"]}
     columns = [_metric_column(name, entries) for name in metric_order(names)]
-    costs = [entry["cost"] for entry in entries]
+    costs = [entry["cost"] for entry in entries if "cost" in entry]
+    if len(costs) < len(entries):  # images that were found have no known cost
+        return columns
     nfe = tuple(Cell(f"{c['nfe_mean']:.1f}", _spread(c), c["nfe_mean"]) for c in costs)
     wall = tuple(
         Cell(format_number(c["seconds_wall"]), f"CPU {format_number(c['seconds_cpu'])}", c["seconds_wall"]) for c in costs
@@ -89,7 +91,7 @@ def _spread(cost: dict[str, Any]) -> str:
 def text_table(results: dict[str, Any]) -> str:
     """Aligned plain text, one line per guidance; ``*`` marks the best of a column."""
     entries = results["guidances"]
-    rows = [["guidance"], *([entry["label"]] for entry in entries)]
+    rows = [["guidance" if "cost" in entries[0] else "images"], *([entry["label"]] for entry in entries)]
     for column in columns_of(entries):
         wide = column.title.startswith(("FD", "FID"))
         rows[0].append(f"{column.title}{' [95 % interval]' if wide else ''}")

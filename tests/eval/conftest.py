@@ -9,7 +9,7 @@ import torch
 from genkit_eval.extractors import Extractor
 from genkit_eval.metrics import Sample
 from genkit_eval.metrics.moments import moments_of
-from genkit_eval.reference import Reference
+from genkit_eval.references import Reference
 from genkit_eval.report import plots
 from genkit_eval.report.grid import png_bytes
 from PIL import Image

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from genkit_eval.extractors import Extractor
-from genkit_eval.reference import Reference
+from genkit_eval.references import Reference
 from genkit_eval.run import Request, make_config, run
 from genkit_eval.score import Bootstrap
 from torch import Tensor

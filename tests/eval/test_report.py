@@ -13,7 +13,7 @@ import pytest
 import torch
 from genkit_eval.cli import invoke
 from genkit_eval.extractors import Extractor
-from genkit_eval.reference import Reference
+from genkit_eval.references import Reference
 from genkit_eval.report.build import build_report
 from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
 from genkit_eval.run import compare_sheet

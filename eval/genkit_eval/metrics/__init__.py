@@ -1,4 +1,4 @@
-"""Metrics over features and pixels, in float64; a file placed in this folder that registers a ``Spec`` is found by itself."""
+"""Metrics over features and pixels, exact in float64; a file in this folder that registers a ``Spec`` is found by itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pkgutil
 from genkit_eval.metrics.registry import METRICS as METRICS
 from genkit_eval.metrics.registry import Spec as Spec
 from genkit_eval.metrics.registry import register as register
+from genkit_eval.metrics.registry import unavailable as unavailable
 from genkit_eval.metrics.sample import Pair as Pair
 from genkit_eval.metrics.sample import Sample as Sample
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genkit_eval.metrics.counts import Counts
-from genkit_eval.metrics.registry import Spec, register
+from genkit_eval.metrics.registry import PIXEL_LAYER, Spec, register
 from genkit_eval.metrics.sample import Pair
 
 LUMA = (0.299, 0.587, 0.114)
@@ -33,7 +33,9 @@ def clipped(pixels: Tensor) -> Tensor:
 
 def _register(name: str, variant: str, of_pixels: Callable[[Tensor], Tensor], high: float) -> None:
     def contributions(pair: Pair) -> Tensor:
-        pixels = pair.fake.pixels
+        pixels, known = pair.fake.pixels, pair.fake.layers.get(PIXEL_LAYER + name)
+        if known is not None:
+            return known[:, 0].double()
         if pixels is None:
             raise ValueError(f"pixels: {name} needs the uint8 images of the generated set")
         return pair.fake.once(name, lambda: torch.cat([of_pixels(part) for part in pixels.split(1024)]))
@@ -53,6 +55,7 @@ def _register(name: str, variant: str, of_pixels: Callable[[Tensor], Tensor], hi
             replicates=replicates,
             interval_of="generated images",
             bounds=(0.0, high),
+            reference="none",
         )
     )
 

@@ -35,6 +35,13 @@ class Moments:
         mean = self.mean + delta * (other.n / n)
         return Moments(n, mean, self.scatter + other.scatter + torch.outer(delta, delta) * (self.n * other.n / n))
 
+    def without(self, part: Moments) -> Moments:
+        """Moments of what is left when ``part`` of the images is taken out: ``merge`` backwards."""
+        n = self.n - part.n
+        mean = (self.mean * self.n - part.mean * part.n) / n
+        delta = part.mean - mean
+        return Moments(n, mean, self.scatter - part.scatter - torch.outer(delta, delta) * (n * part.n / self.n))
+
 
 def chunk_moments(x: Tensor) -> Moments:
     """Moments of one chunk (n, D), shifted by its own mean before squaring."""
@@ -44,14 +51,14 @@ def chunk_moments(x: Tensor) -> Moments:
     return Moments(x.shape[0], mean, centred.T @ centred)
 
 
-def moments_of(x: Tensor, chunk: int = 4096) -> Moments:
+def moments_of(x: Tensor, chunk: int = 2048) -> Moments:
     """Moments of (N, D) features, merged chunk by chunk in index order: float64 copies of ``chunk`` rows at a time.
 
     All chunks are shifted by the mean of the first, so that means far from zero cost the covariance no digits.
     """
-    shift = x[:chunk].double().mean(dim=0)
-    first, *rest = (chunk_moments(part.double() - shift) for part in x.split(chunk))
-    total = first
+    first, *rest = x.split(chunk)
+    shift = first.double().mean(dim=0)
+    total = chunk_moments(first.double() - shift)
     for part in rest:
-        total = total.merge(part)
+        total = total.merge(chunk_moments(part.double() - shift))
     return Moments(total.n, total.mean + shift, total.scatter)

@@ -17,11 +17,15 @@ from genkit_eval.metrics.sample import Pair
 class Spec:
     """What a metric is called, which protocol it follows, and how it is computed.
 
-    ``title`` may hold ``{extractor}``. ``variant`` names the protocol, so that numbers of two protocols never share a name.
-    ``value(pair)`` is the number; ``replicates(pair, counts)`` is (B,) numbers, one for each resample, and equals ``value``
-    when every image is counted once. ``ideal`` is the value for two identical sets, None where there is none.
-    ``interval_of`` says in words what the bootstrap resamples. ``over_moments``: the reference enters by its stored mean and
-    covariance alone, so the count that belongs to the number is that of the images behind them.
+    ``title`` may hold ``{extractor}``, ``variant`` ``{n_real}`` and ``{n_fake}``: it names the protocol, so that numbers of two
+    protocols never share a name. ``value(pair)`` is the number; ``replicates(pair, counts)`` is (B,) numbers, one for each
+    resample, and equals ``value`` when every image is counted once. ``interval_of`` says in words what the bootstrap resamples or
+    the jackknife leaves out. ``ideal`` is the value for two identical sets, None where there is none.
+
+    ``layer`` is the feature layer it reads and ``beside`` a second one of the generated images. ``reference`` says what it needs
+    of the reference: ``features``, ``moments`` (mean and covariance alone, so the count that belongs to the number is that of the
+    images behind them), ``train`` (features of the training images) or ``none``. ``least`` is the fewest generated images.
+    ``standard``: computed in every run; others when asked for by name.
     """
 
     name: str
@@ -34,10 +38,36 @@ class Spec:
     interval_of: str
     ideal: float | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
-    over_moments: bool = False
+    layer: str = "features"
+    beside: str | None = None
+    reference: Literal["features", "moments", "train", "none"] = "features"
+    least: int = 2
+    standard: bool = True
+
+    @property
+    def over_moments(self) -> bool:
+        """Whether the reference enters by its stored mean and covariance alone."""
+        return self.reference == "moments"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Layers of the generated images that it reads; none where it reads pixels."""
+        layers = (self.layer,) if self.beside is None else (self.layer, self.beside)
+        return () if self.source == "pixels" else layers
+
+    def heading(self, extractor: str) -> str:
+        """Title with the extractor's label; the Frechet distance of the 2015 network ("Inception") alone is called FID."""
+        return self.title.format(extractor=extractor).replace("FD-Inception", "FID")
+
+    def protocol(self, n_real: int, n_fake: int) -> str:
+        """Variant with the counts of images, ``10k`` for 10,000."""
+        shown = (f"{n // 1000}k" if n and n % 1000 == 0 else str(n) for n in (n_real, n_fake))
+        return self.variant.format(**dict(zip(("n_real", "n_fake"), shown, strict=True)))
 
 
 METRICS: dict[str, Spec] = {}
+#: Begins the names of layers (N, 1) with the numbers that pixel metrics would take from pixels, where these are not at hand.
+PIXEL_LAYER = "pixels."
 
 
 def register(spec: Spec) -> Spec:
@@ -49,3 +79,26 @@ def register(spec: Spec) -> Spec:
         )
     METRICS[spec.name] = spec
     return spec
+
+
+def unavailable(spec: Spec, pair: Pair) -> str | None:
+    """Why ``spec`` cannot be computed for ``pair``; None where it can."""
+    fake, real = pair.fake, pair.real
+    if spec.source == "pixels":
+        known = fake.pixels is not None or PIXEL_LAYER + spec.name in fake.layers
+        return None if known else "needs the pixels of the generated images"
+    missing = [layer for layer in spec.inputs if layer not in fake.layers]
+    if missing:
+        return f"needs layer {', '.join(missing)} of the generated images, which hold {', '.join(fake.layers) or 'none'}"
+    if len(fake) < spec.least:
+        return f"needs at least {spec.least:,} generated images, not {len(fake):,}"
+    if spec.reference == "train" and (pair.train is None or spec.layer not in pair.train.layers):
+        return f"needs layer {spec.layer} of the training images"
+    if spec.reference == "moments" and not real.has_moments(spec.layer):
+        return f"needs mean and covariance of layer {spec.layer} of the reference"
+    if spec.reference == "features" and spec.layer not in real.layers:
+        held = "only mean and covariance of it" if real.has_moments(spec.layer) else f"only {', '.join(real.layers) or 'moments'}"
+        return f"needs layer {spec.layer} of each reference image; the reference holds {held}"
+    if spec.reference == "features" and len(real) < spec.least:
+        return f"needs at least {spec.least:,} reference images, not {len(real):,}"
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from genkit_eval.metrics.moments import Moments, moments_of
 
 T = TypeVar("T")
+MAIN = "features"
 
 
 class _Cached:
@@ -27,52 +28,115 @@ class _Cached:
         return value
 
 
-class Sample(_Cached):
-    """Features (N, D) of N images and, where known, their uint8 pixels (N, 3, H, W).
+def checked(name: str, x: Tensor) -> Tensor:
+    """``x`` as float32 or float64, without a copy where it is one already; ValueError unless a finite matrix (N >= 2, D)."""
+    if x.ndim != 2 or x.shape[0] < 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; a matrix (N, D) with N >= 2 works")
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    bad = sum(int((~torch.isfinite(part)).any(dim=1).sum()) for part in x.split(256))
+    if bad:
+        raise ValueError(f"{name}: {bad} of {x.shape[0]} rows hold NaN or infinite values")
+    return x
 
-    ``moments`` replaces the mean and covariance of ``features`` when they were taken over more images than are held here
-    (a reference keeps statistics of a whole training set beside the features of a part of it).
-    Raises ValueError for features that are not a finite matrix and for pixels that are not uint8 (N, 3, H, W).
+
+class Sample(_Cached):
+    """Features of N images in one or more layers (N, D) and, where known, their uint8 pixels (N, 3, H, W) and labels (N,).
+
+    ``features`` is the main layer, ``layers`` holds others ("spatial", "logits", "clip", ...) with the same images in the same
+    order; float32 stays float32, and each metric converts what it has in hand. ``moments`` (of the main layer) and
+    ``layer_moments`` replace mean and covariance when they were taken over more images than are held here (a reference keeps
+    statistics of a whole training set beside the features of a part of it, or none of them: ``features`` None).
+    Raises ValueError for layers that are not finite matrices of one length, and for pixels that are not uint8 (N, 3, H, W).
     """
 
-    def __init__(self, features: Tensor, pixels: Tensor | None = None, moments: Moments | None = None) -> None:
+    def __init__(
+        self,
+        features: Tensor | None,
+        pixels: Tensor | None = None,
+        moments: Moments | None = None,
+        *,
+        layers: Mapping[str, Tensor] | None = None,
+        layer_moments: Mapping[str, Moments] | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        if features.ndim != 2 or features.shape[0] < 2:
-            raise ValueError(f"features: got shape {tuple(features.shape)}; a matrix (N, D) with N >= 2 works")
-        if not bool(torch.isfinite(features).all()):
-            bad = int((~torch.isfinite(features)).any(dim=1).sum())
-            raise ValueError(f"features: {bad} of {features.shape[0]} rows hold NaN or infinite values")
         if pixels is not None and (pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3):
             raise ValueError(f"pixels: got {pixels.dtype} {tuple(pixels.shape)}; uint8 (N, 3, H, W) works")
-        self.features = features.to(torch.float64)
-        self.pixels = pixels
-        self._moments = moments
+        given = {**({} if features is None else {MAIN: features}), **(layers or {})}
+        self.layers = {name: checked(name, x) for name, x in given.items()}
+        self.pixels, self.labels = pixels, labels
+        self._moments = {**({} if moments is None else {MAIN: moments}), **(layer_moments or {})}
+        counts = {name: len(x) for name, x in self.layers.items()}
+        counts |= {name: len(x) for name, x in (("pixels", pixels), ("labels", labels)) if x is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"layers: got {', '.join(f'{n} of {name}' for name, n in counts.items())}; one count works")
+        self._count = next(iter(counts.values()), 0)
 
     def __len__(self) -> int:
-        return int(self.features.shape[0])
+        return self._count
+
+    @property
+    def features(self) -> Tensor:
+        """The main layer (N, D); ValueError where only moments are known."""
+        if MAIN not in self.layers:
+            raise ValueError("features: this set has none of each image, only what was taken over all of them")
+        return self.layers[MAIN]
+
+    def layer(self, name: str) -> Sample:
+        """The same images with layer ``name`` as their main one; ValueError where there is none."""
+        if name == MAIN:
+            return self
+        return self.once(("layer", name), lambda: self._layer(name))
+
+    def _layer(self, name: str) -> Sample:
+        if name not in self.layers and name not in self._moments:
+            raise ValueError(f"layer: got {name!r}; this set has {', '.join({**self.layers, **self._moments}) or 'none'}")
+        return Sample(self.layers.get(name), self.pixels, self._moments.get(name), labels=self.labels)
+
+    def has_moments(self, layer: str = MAIN) -> bool:
+        """Whether mean and covariance of ``layer`` are known or can be taken."""
+        return layer in self._moments or layer in self.layers
 
     @property
     def moments(self) -> Moments:
-        """Mean and covariance: those given, else those of ``features``."""
-        if self._moments is not None:
-            return self._moments
+        """Mean and covariance of the main layer: those given, else those of ``features``."""
+        if MAIN in self._moments:
+            return self._moments[MAIN]
         return self.once("moments", lambda: moments_of(self.features))
 
     @property
     def owns_moments(self) -> bool:
         """Whether the moments are those of the features held here."""
-        return self._moments is None
+        return MAIN not in self._moments
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the main layer; None where nothing is known of it."""
+        if MAIN in self.layers:
+            return int(self.layers[MAIN].shape[1])
+        return int(self._moments[MAIN].mean.shape[0]) if MAIN in self._moments else None
 
 
 class Pair(_Cached):
-    """A reference (``real``) and a generated set (``fake``) with features of one width."""
+    """A reference (``real``) and a generated set (``fake``) with layers of the same widths; ``train``: the training images."""
 
-    def __init__(self, real: Sample, fake: Sample) -> None:
+    def __init__(self, real: Sample, fake: Sample, train: Sample | None = None) -> None:
         super().__init__()
-        if real.features.shape[1] != fake.features.shape[1]:
+        self.real, self.fake, self.train = real, fake, train
+        for name, sample in (("reference", real), ("training set", train)):
+            if sample is None or None in (sample.width, fake.width) or sample.width == fake.width:
+                continue
             raise ValueError(
-                f"features: the reference has {real.features.shape[1]} columns and the generated set {fake.features.shape[1]}; "
+                f"features: the {name} has {sample.width} columns and the generated set {fake.width}; "
                 "both must come from one extractor"
             )
-        self.real = real
-        self.fake = fake
+
+    def of(self, layer: str) -> Pair:
+        """The pair with ``layer`` as the main one; values found for it are kept."""
+        if layer == MAIN:
+            return self
+        return self.once(("layer", layer), lambda: self._of(layer))
+
+    def _of(self, layer: str) -> Pair:
+        train = self.train.layer(layer) if self.train is not None and layer in self.train.layers else None
+        return Pair(self.real.layer(layer), self.fake.layer(layer), train)

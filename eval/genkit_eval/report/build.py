@@ -24,7 +24,7 @@ def figures(entries: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The plots that the entries have numbers for: title, sentence, image."""
     has = {name for name in entries[0]["metrics"] if all(name in entry["metrics"] for entry in entries)}
     found = []
-    if "frechet" in has:
+    if "frechet" in has and all("cost" in entry for entry in entries):
         title = entries[0]["metrics"]["frechet"]["title"]
         text = "Lower and further left is better: a smaller distance for fewer evaluations. Bars are 95 % intervals."
         found.append({"title": f"{title} against NFE", "text": text, "image": inline(plots.against(entries, "nfe", "frechet"))})
@@ -33,7 +33,7 @@ def figures(entries: list[dict[str, Any]]) -> list[dict[str, str]]:
         found.append(
             {"title": "Recall against precision", "text": text, "image": inline(plots.against(entries, "precision", "recall"))}
         )
-    traced = plots.traces(entries)
+    traced = plots.traces(entries) if all("trace" in entry for entry in entries) else None
     if traced is not None:
         text = "Means over the first block. A method saves evaluations where it uses one network row per image and not two."
         found.append({"title": "What guidance did at each noise level", "text": text, "image": inline(traced)})

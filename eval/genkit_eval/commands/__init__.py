@@ -1,0 +1,1 @@
+"""Bodies of the commands; ``cli`` reads their options."""
