@@ -66,7 +66,9 @@ class Course:
 
         Raises ValueError if it is not after the last one, or with ``again`` the last one still.
         """
-        position = self.first + int(self.scheduler.counter) if self.counts else self._position(time)
+        position = self.scheduler.step_index if self.indexed else None
+        if position is None:  # before its first step, or it keeps no count
+            position = self.first + int(self.scheduler.counter) if self.counts else self._position(time)
         if position < self.last or (position == self.last and not again):
             raise ValueError(
                 "the network was called twice in one step: a call from outside the pipeline's loop, as by a callback or by a "

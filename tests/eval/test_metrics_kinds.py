@@ -81,7 +81,7 @@ class TestFrechet:
     def test_infinity_takes_the_bias_away(self) -> None:
         """FD_N of samples of the reference's own law falls as 1 / N towards 0."""
         real = gaussian_of(Sample(normal(60_000, 8, 0)))
-        fakes = [normal(1500, 8, s) for s in range(1, 7)]
+        fakes = [normal(1000, 8, s) for s in range(1, 7)]
         raw = [frechet_module.between(real, gaussian_of(Sample(x))) for x in fakes]
         found = [frechet_infinity(real, x) for x in fakes]
         assert abs(sum(f.value for f in found)) < 0.25 * sum(raw)
@@ -89,7 +89,7 @@ class TestFrechet:
         assert found[0].value != frechet_infinity(real, fakes[0], seed=1).value
         assert all(0 < f.standard_error < 0.02 for f in found)
         # More subsets a size: a steadier line.
-        values = [[frechet_infinity(real, fakes[0], repeats=r, seed=s).value for s in range(8)] for r in (1, 8)]
+        values = [[frechet_infinity(real, fakes[0], repeats=r, seed=s).value for s in range(6)] for r in (1, 6)]
         assert torch.tensor(values[1]).std() < torch.tensor(values[0]).std()
 
     def test_streaming_is_the_distance_of_all_at_once(self) -> None:
@@ -161,10 +161,10 @@ class TestSliced:
         assert abs(sum(with_) / 30 - exact) < 4 * float(spread) / 30**0.5 + 0.01 * exact
 
     def test_jackknife_has_the_spread_of_the_sample(self) -> None:
-        real, spec = Sample(normal(500, 5, 0)), METRICS["sliced_wasserstein"]
-        pairs = [Pair(real, Sample(normal(300, 5, s, 0.5))) for s in range(1, 19)]
+        real, spec = Sample(normal(120, 5, 0)), METRICS["sliced_wasserstein"]
+        pairs = [Pair(real, Sample(normal(100, 5, s, 0.5))) for s in range(1, 25)]
         spread = torch.tensor([spec.value(pair) for pair in pairs]).std()
-        counts = draw_counts(300, 500, 200)
+        counts = draw_counts(100, 120, 200)
         said = torch.stack([spec.replicates(pair, counts).var() for pair in pairs[:4]]).mean().sqrt()
         assert 0.6 < float(said / spread) < 1.6
 

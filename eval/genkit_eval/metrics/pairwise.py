@@ -48,10 +48,10 @@ class Distances:
         self.yn = self.xn if y is x else self._norms(y)
 
     def _norms(self, x: Tensor) -> Tensor:
-        """Squared lengths of the centred rows, float64."""
+        """Squared lengths (N,) of the centred rows, float64 sums of squares that are rounded as those of a tile are."""
         found = torch.empty(len(x), dtype=torch.float64)
-        for part in steps(len(x), 1024):
-            found[part] = self._centred(x[part], torch.float64).square_().sum(dim=1)
+        for part in steps(len(x)):
+            found[part] = self._centred(x[part], self.dtype).square_().sum(dim=1, dtype=torch.float64)
         return found
 
     def _centred(self, part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,8 +63,10 @@ class Distances:
         """Squared distances (rows, columns), right to within ``relative_error`` of the sum of both squared lengths."""
         dtype = dtype or self.dtype
         x, y = self._centred(self.x[rows], dtype), self._centred(self.y[columns], dtype)
-        products: Tensor = torch.addmm(self.yn[columns].to(dtype), x, y.T, alpha=-2)
-        return products.add_(self.xn[rows, None].to(dtype))
+        known = dtype == self.dtype
+        xn, yn = (self.xn[rows], self.yn[columns]) if known else (x.square().sum(dim=1), y.square().sum(dim=1))
+        products: Tensor = torch.addmm(yn.to(dtype), x, y.T, alpha=-2)
+        return products.add_(xn[:, None].to(dtype))
 
     def relative_error(self, dtype: torch.dtype | None = None) -> float:
         """Bound of the rounding: D products summed in any order (Higham 2002, eq. 3.5), the centring and a few sums."""

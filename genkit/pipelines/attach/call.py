@@ -154,12 +154,7 @@ class Call:
             if name in condition:
                 lengths = condition[f"{name}.length"].tolist()
                 arguments[name] = [row[:n] for row, n in zip(condition[name], lengths, strict=True)]
-        return self._prediction(forward(**arguments))
-
-    def as_it_came(self) -> Tensor:
-        """Raw prediction (rows, C, ...) of the call itself."""
-        out = self.forward(**self.arguments)
-        return out[0] if self.layout.plain and type(out) is tuple else self._prediction(out)
+        return self.prediction(forward(**arguments))
 
     def residuals(self, x: Tensor, condition: Mapping[str, Tensor], time: float | None) -> dict[str, Any]:
         """What this call of a ControlNet would have given to the network, for the rows of ``x``."""
@@ -170,7 +165,8 @@ class Call:
         down, mid = self.forward(**{**arguments, "return_dict": False})
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
-    def _prediction(self, out: Any) -> Tensor:
+    def prediction(self, out: Any) -> Tensor:
+        """The raw prediction (rows, C, ...) in an output of the network."""
         raw: Tensor = out[0] if isinstance(out, tuple) else out.sample
         return self.layout.image(torch.stack(list(raw)) if self.adapter.lists else raw)
 

@@ -54,7 +54,7 @@ class Attached(Guided):
                 taking it apart and packing it again.
         """
         for net in self._networks:
-            net.at(place, calls)
+            net.place, net.captured = place, calls
         # A network may take keys out of its arguments: what comes as it came is then no longer there for what follows.
         self._whole = whole and not (self._prepares or self._refines)
         if not self._whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ CALL = "call"  # key of a condition: by which of two calls a row is evaluated
 
 
 class Network:
-    """The denoiser ``network(x, sigma, condition) -> D`` over what the pipeline called last.
+    """The denoiser ``network(x, sigma, condition) -> D`` over what the pipeline ``captured`` last, at its ``place`` in the run.
 
     A condition is a mapping of the call's batched arguments, by dotted name. ``calls`` counts the forward passes made.
 
@@ -31,11 +32,8 @@ class Network:
 
     def __init__(self, course: Course, adapter: Adapter, raw: bool = False, module: nn.Module | None = None) -> None:
         self.course, self.adapter, self.raw, self.other, self.calls = course, adapter, raw, module, 0
+        self.place, self.captured = cast(Place, None), tuple[Call, ...]()
         self.halves = adapter.order.split()  # of a call that holds both branches
-
-    def at(self, place: Place, captured: tuple[Call, ...]) -> None:
-        """Stand at an evaluation of the run."""
-        self.place, self.captured = place, captured
 
     def path(self, sigma: float) -> tuple[float, float]:
         """(alpha, s) of the network's input at a noise level: the scheduler's own values where it stands."""
@@ -52,7 +50,9 @@ class Network:
     def both(self, x: Tensor) -> dict[str, Tensor]:
         """The conditional and the unconditional prediction at the ``x`` of the one call itself, which is made as it came."""
         self.calls += 1
-        raw, (one, two), batch = self.captured[0].as_it_came(), self.halves, x.shape[0]
+        call, (one, two), batch = self.captured[0], self.halves, x.shape[0]
+        out = call.forward(**call.arguments)
+        raw = out[0] if call.layout.plain and type(out) is tuple else call.prediction(out)
         first, second = raw[:batch], raw[batch:]
         if self.raw and raw.dtype == x.dtype:
             return {one: first, two: second}

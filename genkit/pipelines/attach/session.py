@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genkit import noise
 from genkit.denoiser import MissingCondition, TraceLevel
-from genkit.guidance.base import Guidance
+from genkit.guidance.base import Guidance, StepInfo
 from genkit.guidance.norm_matched import NormMatched
 from genkit.pipelines.attach.adapters import Adapter, Arguments
 from genkit.pipelines.attach.call import Call, Layout, layout, parameters, unwrapped
@@ -114,18 +114,25 @@ class Session:
     ) -> Any:
         if self.evaluating:  # the guidance itself calls the network, as a model of another name
             return forward(*args, **kwargs)
-        arguments = dict(zip(names, args, strict=False), **kwargs)
+        arguments = {**kwargs}
+        if args:
+            arguments.update(zip(names, args, strict=False))
+        if arguments.get("skip_layers") is not None:
+            raise ValueError("skip_layers: the pipeline's own layer skipping is not compatible with attach")
         residual = None if self.adapter.control is None else arguments.get("mid_block_additional_residual")
         control = residual.call if isinstance(residual, Deferred) else None
         form = self.layout or self._layout(arguments)
         call = Call(self.adapter, module, forward, arguments, form, control)
         if self.guided is None:
             self._begin(call)
-        self._watch(call)
+        own = self.pipe.__dict__
+        if (own.get("_guidance_scale"), own.get("_guidance_rescale")) != self.scales or call.whole.shape[0] != self.rows:
+            raise self._changed(call)
         place = self.course.place(arguments[self.adapter.timestep], again=self.held is not None)
         if not self.paired:
             raw = self._guide(place, call)
-            return self._output(call, form.padded(torch.cat((raw, raw)) if self.doubled else raw))
+            whole = torch.cat((raw, raw)) if self.doubled else raw
+            return self._output(call, whole if form.plain else form.padded(whole))
         _ = call.batched  # the pipeline may change the call's containers before the second
         if self.held is None:
             self.held = call, torch.empty_like(form.padded(call.x))
@@ -140,14 +147,15 @@ class Session:
         assert guided is not None
         x = first.x if self.half is None else first.x[self.half]
         guided.at(place, calls, whole=self.half is not None and first.control is None)
-        info = place.info(x.float() if self.low else x)
+        info = StepInfo(*place, x.float() if self.low else x)
         self.evaluating = True
         try:
-            raw = guided(info).absorbed(info).denoised
+            result = guided(info)
         except MissingCondition as error:
             raise ValueError(self._missing(str(error))) from error
         finally:
             self.evaluating = False
+        raw = result.denoised if result.score is None else result.absorbed(info).denoised
         if not guided.network.raw:
             raw = noise.from_x0(raw, info.x, info.alpha, info.s, course.space)
             raw = raw if self.adapter.sign == 1 else -raw
@@ -183,23 +191,18 @@ class Session:
         own = self.pipe.__dict__
         self.scales = own.get("_guidance_scale"), own.get("_guidance_rescale")
 
-    def _watch(self, call: Call) -> None:
-        """Refuse what a callback of the pipeline changed half-way."""
-        own = self.pipe.__dict__
-        scales = own.get("_guidance_scale"), own.get("_guidance_rescale")
-        if scales != self.scales:
-            raise ValueError(
-                f"a callback changed the guidance of the pipeline during the run (guidance scale {self.scales[0]} to "
-                f"{scales[0]}); leave it out, attach decides where guidance acts: "
-                f"write for example Interval({self.guidance!r}, 0, 0.5, 'fraction')"
+    def _changed(self, call: Call) -> ValueError:
+        """What a callback of the pipeline changed half-way."""
+        scale = self.pipe.__dict__.get("_guidance_scale")
+        if call.whole.shape[0] != self.rows and scale == self.scales[0]:
+            return ValueError(
+                f"the network was called with {len(call.whole)} rows after {self.rows}: a call from outside the pipeline's loop, "
+                f"as by a callback, is not supported inside attach, nor is a callback that changes the batch"
             )
-        if call.whole.shape[0] != self.rows:
-            raise ValueError(
-                f"the network was called with {len(call.x)} rows after {self.rows}: a call from outside the pipeline's loop, as "
-                f"by a callback, is not supported inside attach, nor is a callback that changes the batch"
-            )
-        if call.arguments.get("skip_layers") is not None:
-            raise ValueError("skip_layers: the pipeline's own layer skipping is not compatible with attach")
+        return ValueError(
+            f"a callback changed the guidance of the pipeline during the run (guidance scale {self.scales[0]} to {scale}); leave "
+            f"it out, attach decides where guidance acts: write for example Interval({self.guidance!r}, 0, 0.5, 'fraction')"
+        )
 
     def _output(self, call: Call, whole: Tensor) -> Any:
         """``whole`` in the form of the network's own output."""

@@ -73,6 +73,10 @@ class StaticCache:
         end = (start if isinstance(start, int) else int(start.max())) + n
         if end > self.length:
             raise ValueError(f"length={self.length} of the cache is too short for {end} positions; make a longer one")
+        if isinstance(start, int) and isinstance(self.index, slice):
+            keys, values = self.store[:, layer, self.index].unbind()
+            keys[:, :, start:end], values[:, :, start:end] = k.detach(), v.detach()
+            return keys[:, :, :end], values[:, :, :end]
         for store, new in ((self.store[0, layer], k.detach()), (self.store[1, layer], v.detach())):
             if isinstance(start, int):
                 store[self.index, :, start:end] = new
