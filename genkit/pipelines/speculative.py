@@ -37,7 +37,8 @@ class Speculative:
             stand for their neighbours; a number d, short for Lantern with delta = d and k = 1000, or as many codes as there are.
         drafter: None is the pipeline's own; ``"ngram"`` copies what stood there before, and needs no network; an
             :class:`genkit.models.eagle.EagleHead`; any drafter of :mod:`genkit.samplers.autoregressive.speculative`.
-        tree: the shape of what an EagleHead drafts; None is ``DynamicTree()``.
+        tree: the shape of what an EagleHead drafts: ``StaticTree(...)``, random draws; ``DynamicTree(...)``, the most probable
+            tokens, which suits low temperatures and peaked distributions; a number n is a chain of n draws. None is 4.
 
     Raises:
         ValueError: something else than these.
@@ -45,7 +46,7 @@ class Speculative:
 
     acceptance: Acceptance | float = Exact()  # noqa: RUF009 (immutable)
     drafter: Drafter | EagleHead | Literal["ngram"] | None = None
-    tree: Shape | None = None
+    tree: Shape | int | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.acceptance) and not hasattr(self.acceptance, "credit"):
@@ -53,10 +54,13 @@ class Speculative:
         known = self.drafter in (None, "ngram") if isinstance(self.drafter, str | None) else isinstance(self.drafter, EagleHead)
         if not known and not hasattr(self.drafter, "start"):
             raise ValueError(f"speculative: drafter={self.drafter!r} must be None, 'ngram', an EagleHead or a drafter")
-        if self.tree is not None and not hasattr(self.tree, "grow"):
-            raise ValueError(f"speculative: tree={self.tree!r} must be DynamicTree(...) or StaticTree(...)")
+        number = isinstance(self.tree, int) and not isinstance(self.tree, bool)
+        if not (self.tree is None or hasattr(self.tree, "grow") or (number and self.tree > 0)):
+            raise ValueError(f"speculative: tree={self.tree!r} must be StaticTree(...), DynamicTree(...), or a number from 1")
 
 
+#: Tokens drafted for a pass where nothing else is said.
+LENGTH = 4
 #: What expressions may be made of.
 NAMES: dict[str, Any] = {kind.__name__: kind for kind in (Lantern, Exact, Speculative, CopyDrafter, DynamicTree, StaticTree)}
 
@@ -111,7 +115,9 @@ def _drafter(asked: Speculative, network: Any, own: EagleHead | Drafter | None, 
         )
     if isinstance(found, EagleHead):
         check_head(found.config, network, name)
-        return EagleDrafter(found, network.output, DynamicTree() if asked.tree is None else asked.tree)
+        # Images have many likely tokens at every place: a draw of the drafter is accepted far more often than its best guesses.
+        tree = LENGTH if asked.tree is None else asked.tree
+        return EagleDrafter(found, network.output, StaticTree.chain(tree) if isinstance(tree, int) else tree)
     if asked.tree is not None:
         raise ValueError(f"speculative: tree={asked.tree!r} is for the trees of an EagleHead; this drafter has its own")
     if isinstance(found, EagleDrafter):

@@ -208,7 +208,7 @@ def test_genkit_eval_with_a_model_without_noise_levels(tmp_path: Path) -> None:
     assert found["guidances"][0]["cost"]["nfe_mean"] == 170
     assert len(found["guidances"][0]["trace"]) == 4
     assert "next_scale, 4 steps" in (tmp_path / "report.html").read_text()
-    assert traces(found["guidances"]) is not None
+    assert traces(found["guidances"], [True] * len(found["guidances"])) is not None
 
 
 @pytest.mark.usefixtures("builtin")

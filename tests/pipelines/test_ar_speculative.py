@@ -111,6 +111,12 @@ def test_ways_to_write_it(pipe: TokenPipeline) -> None:
     assert torch.equal(tokens(Speculative()), exact)
     assert torch.equal(tokens(0.3), tokens(Lantern(k=22, delta=0.3)))  # as many codes as there are
     assert torch.equal(tokens("Speculative(Lantern(k=8, delta=0.3), tree=DynamicTree(12, 3, 4))"), rough)
+    assert torch.equal(tokens("Speculative(tree=3)"), tokens(Speculative(tree=StaticTree.chain(3))))
+    assert torch.equal(tokens(Speculative(tree=StaticTree.chain(4))), exact)
+    for length in (1, 3):  # how far a rule gets that takes nearly everything
+        report = pipe([0, 1], guidance=2.0, speculative=f"Speculative(Lantern(k=22, delta=1.0), tree={length})").speculation
+        assert report is not None
+        assert len(report.tested) == length
     assert torch.equal(tokens("Speculative(drafter=CopyDrafter(2, 4))"), tokens(WAYS["copies"]))
     given = Lantern.of(pipe.tokenizer.quantize.table(), 8, 0.3)
     assert torch.equal(tokens(given), tokens("Lantern(k=8, delta=0.3)"))
@@ -165,6 +171,7 @@ def test_progress(pipe: TokenPipeline, capsys: pytest.CaptureFixture[str]) -> No
         ({"speculative": "fast"}, "speculative: unknown name 'fast'"),
         ({"speculative": [1]}, r"speculative: acceptance=\[1\] must be Exact\(\), Lantern"),
         ({"speculative": "Speculative(drafter='eagle')"}, "drafter='eagle' must be None, 'ngram'"),
+        ({"speculative": "Speculative(tree=0)"}, "tree=0 must be StaticTree"),
         ({"speculative": "Speculative(drafter='ngram', tree=DynamicTree())"}, "is for the trees of an EagleHead"),
         ({"guidance": APG(3.0, momentum=-0.5)}, "remembers earlier steps, which drafted tokens do not have"),
         ({"guidance": Adaptive(CFG(3.0), 0.9)}, "remembers earlier steps, which drafted tokens do not have"),
