@@ -32,6 +32,15 @@ def test_readme_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "cat.png").stat().st_size > 0
 
 
+def test_autoregressive_examples_run(tmp_path: Path) -> None:
+    run(python_of("docs/autoregressive.md") + "\nassert fast.speculation.mean_length >= 1, fast.speculation", tmp_path)
+    assert (tmp_path / "horse.png").stat().st_size > 0
+
+
+def test_evaluation_example_runs(tmp_path: Path) -> None:
+    run(python_of("docs/evaluation.md") + "\nassert 0.5 < metric.compute() <= 1", tmp_path)
+
+
 def test_contributing_examples_are_found_under_their_names(tmp_path: Path) -> None:
     check = """
 import genkit

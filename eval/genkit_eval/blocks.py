@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from genkit_eval.files import TEMPORARY, in_use, temporary_beside, write_bytes
+from genkit_eval.metrics.colour import PIXEL_COLUMNS, pixel_layers
 
+#: Images whose pixels are read back, for pictures.
+SHOWN = 256
 #: What the name of a further layer's tensor begins with.
 LAYER = "layer."
 
 
 @dataclass(frozen=True)
 class Block:
-    """Features (n, D) float32, pixels uint8 (n, 3, H, W), labels and nfe (n,) int64 of consecutive images, and their cost.
+    """Features (n, D) float32, labels and nfe (n,) int64 of n consecutive images, and their cost.
+
+    ``pixels`` uint8 (m, 3, H, W) are those of the first m of them, as many as are kept, perhaps none.
 
     ``wall`` and ``cpu`` are seconds spent in generating all n images (features not included); ``calls`` counts network calls;
     ``trace`` holds the rows of the per-step trace, for the first block of a run only. ``made_with`` holds the different
     commits and devices that stored blocks were made with; a block not stored yet has none. ``layers`` are the extractor's other
-    layers by name, each with n rows.
+    layers by name, each with n rows, among them what pixel metrics take from the pixels.
     """
 
     features: Tensor
@@ -43,6 +48,20 @@ class Block:
 
     def __len__(self) -> int:
         return int(self.nfe.shape[0])
+
+
+def _without_pixels(block: Block, most: int) -> Block:
+    return replace(block, pixels=block.pixels[: max(most, 0)].clone())
+
+
+def _first_pixels(parts: list[Block], used: list[int]) -> list[Tensor]:
+    """Pixels up to the first image that has none: blocks of several commands may keep different numbers of them."""
+    found = []
+    for part, n in zip(parts, used, strict=True):
+        found.append(part.pixels[:n])
+        if len(part.pixels) < n:
+            break
+    return found
 
 
 class BlockStore:
@@ -100,19 +119,25 @@ class BlockStore:
             numbers, made_with = json.loads(metadata["numbers"]), json.loads(metadata.get("made_with", "[]"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
         layers = {name.removeprefix(LAYER): tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)}
+        if not layers.keys() & PIXEL_COLUMNS.keys():  # a block of an earlier version, which kept all pixels
+            layers |= pixel_layers(tensors["pixels"])
         return Block(**tensors, **numbers, made_with=made_with, layers=layers)
 
-    def read_all(self, total: int, block_size: int) -> Block:
-        """The first ``total`` images in index order, as one block; a block cut short costs in proportion."""
-        parts = [self.read(index) for index in range(-(-total // block_size))]
+    def read_all(self, total: int, block_size: int, shown: int = SHOWN) -> Block:
+        """The first ``total`` images in index order, as one block; a block cut short costs in proportion.
+
+        It holds pixels of the first ``shown`` images at most: those of all may not fit into memory.
+        """
+        parts = [_without_pixels(self.read(i), shown - i * block_size) for i in range(-(-total // block_size))]
         used = [min(block_size, total - i * block_size) for i in range(len(parts))]
         join = {
             name: torch.cat([getattr(part, name)[:n] for part, n in zip(parts, used, strict=True)])
-            for name in ("features", "pixels", "labels", "nfe")
+            for name in ("features", "labels", "nfe")
         }
         layers = {
             name: torch.cat([part.layers[name][:n] for part, n in zip(parts, used, strict=True)]) for name in parts[0].layers
         }
+        join["pixels"] = torch.cat(_first_pixels(parts, used))
         share = [n / len(part) for part, n in zip(parts, used, strict=True)]
         wall = sum(part.wall * s for part, s in zip(parts, share, strict=True))
         cpu = sum(part.cpu * s for part, s in zip(parts, share, strict=True))

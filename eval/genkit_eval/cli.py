@@ -8,7 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
+from genkit_eval.commands.doctor import doctor
+from genkit_eval.commands.like import like
+from genkit_eval.commands.reference_options import references
+from genkit_eval.commands.report import compare, report
+from genkit_eval.commands.sweep import sweep, tune
+from genkit_eval.distributed import complain, together
 from genkit_eval.errors import InputError
+from genkit_eval.options import (
+    PLACES,
+    AnyWeights,
+    BatchSize,
+    Cache,
+    Config,
+    Count,
+    Crop,
+    Device,
+    ExtractorName,
+    MaxErrors,
+    Metric,
+    Out,
+    Overwrite,
+    PresetName,
+    Replicates,
+    Resize,
+    Samples,
+    Size,
+    Steps,
+    Weights,
+    Workers,
+)
 
 app = typer.Typer(
     name="genkit-eval",
@@ -19,26 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path, typer.Option(help="Folder of the run. An unfinished or smaller run in it goes on where it was.")]
-Samples = Annotated[int, typer.Option(help="Images per guidance.")]
-Steps = Annotated[int, typer.Option(help="Sampler steps.")]
-Replicates = Annotated[int, typer.Option(help="Bootstrap resamples for the intervals; 0 for none.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what another run left in --out.")]
-ExtractorName = Annotated[str, typer.Option(help="Feature network, or package.module:factory.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor; default: fetched on first use.")]
-Resize = Annotated[str | None, typer.Option(help="Resize rule of the extractor, such as tf1 or clean; default its own.")]
-AnyWeights = Annotated[bool, typer.Option("--any-weights", help="Take a weights file with another hash, under another name.")]
-Device = Annotated[str, typer.Option(help="Where the networks run: cpu, cuda, ...")]
-Size = Annotated[int | None, typer.Option(help="Bring images to this side first; default as stored.")]
-Crop = Annotated[str | None, typer.Option(help="adm, center or none; default adm with --size, none without.")]
-Count = Annotated[int | None, typer.Option(help="Use the first so many images; default all.")]
-MaxErrors = Annotated[int, typer.Option(help="Unreadable files that may be left out.")]
-BatchSize = Annotated[int, typer.Option(help="Images through the extractor at once.")]
-Workers = Annotated[int | None, typer.Option(help="Decoding threads; default one for each core.")]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep features in $GENKIT_CACHE (~/.cache/genkit) and use them.")]
-PLACES = "a folder, .zip, .tar, .npz or .npy, or folder: imagenet: zip: tar: wds: npz: hf: with ?size=...&crop=...&n=..."
-
-references = typer.Typer(help="Reference statistics: build, convert, show.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(references, name="reference")
 
 
@@ -63,53 +72,54 @@ def run(
         list[str], typer.Option(help="Guidance expression, e.g. 'Interval(APG(4.0), 0.28, 5.42)'. Repeat for several.")
     ],
     out: Out,
-    model: Annotated[str, typer.Option(help="Built-in name or path to a .safetensors checkpoint.")] = "builtin/cifar10",
+    model: Annotated[
+        str, typer.Option(help="Built-in name, .safetensors checkpoint, folder of a diffusers pipeline of classes, or hub id.")
+    ] = "builtin/cifar10",
+    config: Config = None,
+    preset: PresetName = None,
     num_samples: Samples = 2000,
     sampler: Annotated[
         str | None,
-        typer.Option(help="Sampler name or expression (default heun); 'next_token(top_k=50)' for models that draw tokens."),
+        typer.Option(
+            help="Sampler name or expression (default heun; of a diffusers pipeline its own scheduler); "
+            "'next_token(top_k=50)' for models that draw tokens."
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps (default 18); models that draw tokens have their own.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampler steps (default 18, diffusers pipelines 50); models that draw tokens: their own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image k has seed SEED + k.")] = 0,
     labels: Annotated[
-        str, typer.Option(help="Class of image k: 'balanced' (k mod C) or 'random' (hash of seed and k).")
+        str,
+        typer.Option(
+            help="Class of image k: balanced (k mod C), random (hash of seed and k), sorted (k C / N), or file:PATH (line k)."
+        ),
     ] = "balanced",
+    uint8: Annotated[
+        str | None,
+        typer.Option(help="Rule for 8 bits: adm-floor, edm, half-up or half-even; default the model's own. Recorded."),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Images generated at once and stored together.")] = 50,
     extractor: ExtractorName = "builtin/cifar10",
     weights: Weights = None,
     resize: Resize = None,
     any_weights: AnyWeights = False,
     reference: Annotated[
-        Path | None, typer.Option(help="Reference statistics (.safetensors); default: the extractor's own.")
+        Path | None, typer.Option(help="Reference statistics (.safetensors, .npz, .pkl, .pt); default: the extractor's own.")
     ] = None,
+    metric: Metric = None,
+    keep_images: Annotated[
+        int, typer.Option(help="Images per guidance whose pixels are stored, for pictures; of the others, features are.")
+    ] = 256,
     bootstrap: Replicates = 200,
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Generate, score and report one or more guidances."""
+    given = dict(locals())
     from genkit_eval.command import RunOptions, execute
 
-    execute(
-        RunOptions(
-            guidance,
-            out,
-            model,
-            num_samples,
-            sampler,
-            steps,
-            seed,
-            labels,
-            block_size,
-            extractor,
-            reference,
-            bootstrap,
-            device,
-            overwrite,
-            weights,
-            resize,
-            any_weights,
-        )
-    )
+    execute(RunOptions(**given))
 
 
 @app.command()
@@ -133,6 +143,8 @@ def quickstart(
 def score(
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=f"Sets of images: {PLACES}.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; sets scored before stay in it.")],
+    config: Config = None,
+    preset: PresetName = None,
     reference: Annotated[
         Path | None, typer.Option(help="Reference (.safetensors, .npz, .pkl, .pt); default: the extractor's own.")
     ] = None,
@@ -141,7 +153,7 @@ def score(
     resize: Resize = None,
     any_weights: AnyWeights = False,
     name: Annotated[list[str] | None, typer.Option(help="What a set is called, in order; default its place.")] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="A metric beside the standard ones. Repeat for several.")] = None,
+    metric: Metric = None,
     size: Size = None,
     crop: Crop = None,
     num_images: Count = None,
@@ -159,85 +171,15 @@ def score(
 
     network = Network(extractor, weights, resize, device, any_weights)
     looking = Looking(size, crop, num_images, max_errors, batch_size, workers, cache)
-    run_score(ScoreOptions(images, out, reference, network, looking, name or [], metric or [], bootstrap, overwrite))
+    options = ScoreOptions(images, out, reference, network, looking, name or [], metric or [], bootstrap, overwrite, preset)
+    run_score(options)
 
 
-@references.command()
-def build(
-    source: Annotated[str, typer.Argument(help=f"Images: {PLACES}.")],
-    out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .npz as ADM's evaluator reads it.")],
-    extractor: ExtractorName = "builtin/cifar10",
-    weights: Weights = None,
-    resize: Resize = None,
-    any_weights: AnyWeights = False,
-    dataset: Annotated[str | None, typer.Option(help="What the images are, for the results; default their place.")] = None,
-    num_features: Annotated[
-        int, typer.Option(help="Rows of features stored for precision and recall (a random sample).")
-    ] = 10_000,
-    keep_images: Annotated[int, typer.Option(help="Images stored too, as arr_0 for ADM's evaluator.")] = 0,
-    size: Size = None,
-    crop: Crop = None,
-    num_images: Count = None,
-    max_errors: MaxErrors = 0,
-    batch_size: BatchSize = 64,
-    workers: Workers = None,
-    cache: Cache = True,
-    device: Device = "cpu",
-) -> None:
-    """Statistics of images into a reference file."""
-    from genkit_eval.commands.reference import run_build
-    from genkit_eval.commands.work import Looking, Network
-
-    looking = Looking(size, crop, num_images, max_errors, batch_size, workers, cache)
-    run_build(source, out, Network(extractor, weights, resize, device, any_weights), looking, num_features, keep_images, dataset)
-
-
-@references.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A reference: .safetensors, or of ADM, pytorch-fid, EDM2, ...")],
-    out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .npz as ADM's evaluator reads it.")],
-    extractor: Annotated[str | None, typer.Option(help="Network that IN was made with; other tools do not say.")] = None,
-    weights: Weights = None,
-    resize: Resize = None,
-    any_weights: AnyWeights = False,
-    num_images: Annotated[int | None, typer.Option(help="Images behind the statistics, where IN does not say.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="What the images are; default the name of IN.")] = None,
-    entry: Annotated[str | None, typer.Option(help="Of an EDM2 pkl: fid or fd_dinov2.")] = None,
-    keep_images: Annotated[int, typer.Option(help="Images of arr_0 to keep.")] = 0,
-    batch_size: BatchSize = 64,
-    cache: Cache = True,
-    device: Device = "cpu",
-) -> None:
-    """A reference of another tool into ours, or ours into ADM's npz. Pickles are read without executing any of them."""
-    from genkit_eval.commands.reference import Said, run_convert
-    from genkit_eval.commands.work import Looking, Network
-
-    network = None if extractor is None else Network(extractor, weights, resize, device, any_weights)
-    said = Said(num_images, dataset, entry, keep_images)
-    run_convert(source, out, network, Looking(batch_size=batch_size, cache=cache), said)
-
-
-@references.command()
-def show(
-    file: Annotated[Path, typer.Argument(help="A reference file of any tool.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """What is inside a reference file."""
-    from genkit_eval.commands.reference import run_show
-
-    run_show(file, as_json)
-
-
-@app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders written by 'genkit-eval run'.")]) -> None:
-    """Rebuild report.html of finished runs from their results.json."""
-    from genkit_eval.report import check_installed
-
-    check_installed()
-    from genkit_eval.report.build import build_report
-
-    for folder in runs:
-        typer.echo(f"report: {build_report(folder)}")
+app.command()(like(run)(sweep))
+app.command()(like(run)(tune))
+app.command()(report)
+app.command()(compare)
+app.command()(doctor)
 
 
 @app.command()
@@ -256,7 +198,7 @@ def guidances() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: exit code 0 when done, 2 for input that does not work (one line says what would), 130 when interrupted."""
-    sys.exit(invoke(sys.argv[1:] if args is None else args))
+    sys.exit(together(lambda: invoke(sys.argv[1:] if args is None else args)))
 
 
 def invoke(args: list[str]) -> int:
@@ -265,7 +207,7 @@ def invoke(args: list[str]) -> int:
         outcome: Any = typer.main.get_command(app).main(args, prog_name="genkit-eval", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
     except (InputError, KeyboardInterrupt) as error:
-        return _fail(str(error), 2) if isinstance(error, InputError) else _fail("interrupted", 130)
+        return _fail(str(error), error.code) if isinstance(error, InputError) else _fail("interrupted", 130)
     except OSError as error:
         # A disk that filled up or a folder that vanished while at work: nothing a traceback would explain better.
         place = f" ({error.filename})" if error.filename else ""
@@ -281,5 +223,4 @@ def invoke(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"genkit-eval: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return complain(" ".join(message.split()), code)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+#: Images of each guidance whose pixels are stored: enough for the pictures of a report. Of the others, features are.
+KEEP_IMAGES = 256
+NOT_DECIDING = ("classes", "preset", "keep_images")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything but the guidance that a stored block depends on.
 
-    The sample count is not part of it: a finished run grows when it is asked for more.
+    The sample count is not part of it: a finished run grows when it is asked for more. Nor are ``classes``, the labels of a file,
+    which ``labels`` names by its hash, ``preset``, what the results say of one, and ``keep_images``, how many images are stored.
     """
 
     model: str
@@ -28,10 +33,13 @@ class RunConfig:
     resize: str
     uint8_rule: str
     genkit: str
+    classes: tuple[int, ...] = ()
+    preset: dict[str, Any] = field(default_factory=dict, compare=False)
+    keep_images: int = KEEP_IMAGES
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key not in NOT_DECIDING}
 
     def hash(self, guidance: str) -> str:
         """SHA-256 over this configuration and the guidance's ``repr``."""

@@ -12,35 +12,46 @@ from genkit_eval import results
 from genkit_eval.blocks import Block, BlockStore
 from genkit_eval.config import slug
 from genkit_eval.errors import InputError
+from genkit_eval.extractors import Extractor
 from genkit_eval.files import read_json, write_json
-from genkit_eval.metrics import METRICS, Sample
+from genkit_eval.metrics import Sample
 from genkit_eval.references import Reference
-from genkit_eval.score import Bootstrap, cost, missing, score
+from genkit_eval.score import STANDARD, Bootstrap, Metrics, cost, missing, score
+
+#: What of an entry must be the same for its numbers to be kept.
+KEYS = ("reference_sha256", "bootstrap", "extra_metrics", "standard_metrics")
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What images are compared with, and how: reference, resamples, the extractor's label for titles, metrics beside the standard
-    ones."""
+    """What images are compared with, and how: reference, resamples, the extractor that numbers are named after, the metrics."""
 
     reference: Reference
     bootstrap: Bootstrap
-    label: str
-    extra: tuple[str, ...] = ()
+    extractor: Extractor
+    metrics: Metrics = STANDARD
 
     def as_dict(self) -> dict[str, Any]:
         """The part of an entry that says which numbers may stand beside its own."""
         known = {"reference_sha256": self.reference.sha256, "bootstrap": self.bootstrap.as_dict()}
-        return {**known, "extra_metrics": list(self.extra)} if self.extra else known
+        return known | self.metrics.as_dict()
 
     def agrees(self, entry: dict[str, Any]) -> bool:
-        """Whether ``entry`` was scored in this way."""
-        return all(entry.get(key) == value for key, value in self.as_dict().items())
+        """Whether ``entry`` was scored in this way, and its numbers have the names that they would have now."""
+        known = self.metrics.specs(self.extractor)
+        return all(entry.get(key) == self.as_dict().get(key) for key in KEYS) and all(
+            name in known
+            and metric["variant"] == known[name][0].protocol(known[name][1], metric["n_real"] or 0, metric["n_fake"])
+            for name, metric in entry["metrics"].items()
+        )
 
 
 def scored(folder: Path, fake: Sample, stamp: str, scoring: Scoring) -> dict[str, Any]:
     """Scores from the folder if they belong to exactly these images and settings, else computed and stored."""
-    specs = sorted((name, spec.variant, spec.interval_of) for name, spec in METRICS.items())
+    specs = sorted(
+        (name, spec.protocol(network, 0, 0), spec.interval_of)
+        for name, (spec, network) in scoring.metrics.specs(scoring.extractor).items()
+    )
     protocol = [stamp, len(fake), scoring.as_dict(), specs]
     key = hashlib.sha256(json.dumps(protocol).encode()).hexdigest()
     path = folder / results.SCORES
@@ -52,14 +63,14 @@ def scored(folder: Path, fake: Sample, stamp: str, scoring: Scoring) -> dict[str
         if stored.get("key") == key:
             metrics: dict[str, Any] = stored["metrics"]
             return metrics
-    metrics = score(fake, scoring.reference, scoring.label, scoring.bootstrap, scoring.extra)
+    metrics = score(fake, scoring.reference, scoring.extractor, scoring.bootstrap, scoring.metrics)
     write_json(path, {"key": key, "metrics": metrics})
     return metrics
 
 
 def sample_of(block: Block) -> Sample:
     """A block as the metrics see it."""
-    return Sample(block.features, block.pixels, layers=block.layers, labels=block.labels)
+    return Sample(block.features, layers=block.layers, labels=block.labels)
 
 
 def describe(out: Path, label: str, expression: str, stamp: str, fake: Sample, scoring: Scoring) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def describe(out: Path, label: str, expression: str, stamp: str, fake: Sample, s
     name = slug(expression)
     metrics = scored(out / name, fake, stamp, scoring)
     hidden = ("replicates", "basis")
-    lacking = missing(fake, scoring.reference, scoring.label, scoring.extra)
+    lacking = missing(fake, scoring.reference, scoring.extractor, scoring.metrics)
     return {
         "label": label,
         "guidance": expression,

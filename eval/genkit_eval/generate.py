@@ -9,13 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genkit.guidance.expressions import build
 from genkit_eval.blocks import Block, BlockStore
 from genkit_eval.config import RunConfig
 from genkit_eval.extractors import MAIN, Extractor
+from genkit_eval.extractors.quantise import rule_of
 from genkit_eval.labels import labels_of
-from genkit_eval.protocols import Pipeline
+from genkit_eval.metrics.colour import pixel_layers
+from genkit_eval.protocols import Pipeline, uint8_rule
 
 
 class RefusedError(ValueError):
@@ -27,25 +30,25 @@ def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunC
 
     Raises RefusedError when the pipeline raises ValueError, and for images whose features are not finite.
     """
-    labels = labels_of(indices, pipe.num_classes, config.labels, config.seed)
+    labels = labels_of(indices, pipe.num_classes, config.labels, config.seed, config.classes)
     seeds = [config.seed + k for k in indices]
     first = indices.start == 0
     wall, cpu = time.perf_counter(), time.process_time()
     trace = "full" if first else "none"
     try:
         out = pipe(classes=labels, seeds=seeds, guidance=guidance, trace=trace, **options_of(pipe, config.sampler, config.steps))
+        pixels = to_uint8(pipe, out, config.uint8_rule).cpu()
     except ValueError as error:
         raise RefusedError(str(error)) from error
-    pixels = out.pixels.cpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    layers = extractor(pixels)
+    layers = extractor(pixels) | pixel_layers(pixels)
     if not all(bool(torch.isfinite(values).all()) for values in layers.values()):
         raise RefusedError(
             f"features of images {indices.start} to {indices.stop - 1} are not finite: the model or the guidance diverged"
         )
     return Block(
         layers.pop(MAIN),
-        pixels,
+        pixels[: max(0, config.keep_images - indices.start)],
         torch.tensor(labels),
         torch.tensor([int(n) for n in out.nfe]),
         wall,
@@ -54,6 +57,13 @@ def make_block(pipe: Pipeline, guidance: Any, extractor: Extractor, config: RunC
         _plain_rows(out.trace.rows, len(labels)) if first else [],
         layers=layers,
     )
+
+
+def to_uint8(pipe: Pipeline, out: Any, formula: str) -> Tensor:
+    """8-bit pixels of what the pipeline returned, by its own rule or by the one of this formula. ValueError for NaN."""
+    rule = rule_of(formula)
+    pixels: Tensor = out.pixels if rule is None or formula == uint8_rule(pipe) else rule(out.latents)
+    return pixels
 
 
 def options_of(pipe: Pipeline, sampler: str, steps: int) -> dict[str, Any]:
@@ -91,12 +101,14 @@ def fill(
     store: BlockStore,
     total: int,
     advance: Callable[[int], object],
+    mine: Callable[[int], bool] = lambda index: True,
 ) -> int:
     """Make every block of the first ``total`` images that is not stored yet; returns how many were made.
 
-    ``advance(n)`` is called as n more images are there. A block is stored before the next is begun, so the finished
-    ones stay whatever stops the run. Processes on one folder share the work: blocks that another one has begun come last, and are
-    made only if they are still not there, so at most one block for each process is made twice (bit for bit the same).
+    Only blocks whose index is ``mine`` are looked at. ``advance(n)`` is called as n more images are there. A block is stored
+    before the next is begun, so the finished ones stay whatever stops the run. Commands on one folder share the work: blocks that
+    another one has begun come last, and are made only if they are still not there, so at most one block for each process is made
+    twice (bit for bit the same).
     """
     made = 0
 
@@ -110,6 +122,8 @@ def fill(
 
     later = []
     for index, indices in enumerate(block_ranges(total, config.block_size)):
+        if not mine(index):
+            continue
         if store.taken(index) and not store.done(index, len(indices)):
             later.append((index, indices))
         else:

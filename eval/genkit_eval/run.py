@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,24 @@ from tqdm import tqdm
 
 from genkit_eval import provenance, results
 from genkit_eval.blocks import BlockStore
-from genkit_eval.config import RunConfig, differences, slug
+from genkit_eval.config import KEEP_IMAGES, RunConfig, differences, slug
+from genkit_eval.distributed import restarted, world
 from genkit_eval.entries import Scoring, make_entry, settle
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
+from genkit_eval.extractors.quantise import UINT8_RULES
 from genkit_eval.files import check_writable, read_json, write_bytes, write_json
 from genkit_eval.generate import RefusedError, block_ranges, fill
-from genkit_eval.labels import LABEL_RULES
-from genkit_eval.protocols import Pipeline
+from genkit_eval.labels import rule_in_words
+from genkit_eval.protocols import Pipeline, uint8_rule
 from genkit_eval.references import Reference
 from genkit_eval.report.grid import class_grid, png_bytes, same_seeds
 from genkit_eval.score import MIN_SAMPLES, Bootstrap
+from genkit_eval.selection import Metrics
+
+#: Seconds after which every machine sees what another one has written.
+VISIBLE_AFTER = 60.0
+ONE_FOLDER = "all processes need one folder, on a disk that they share, and the same command"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Request:
     overwrite: bool = False
     progress: bool = True
     device: str = "cpu"
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         if self.num_samples < MIN_SAMPLES:
@@ -49,11 +60,23 @@ class Request:
 
 
 def make_config(
-    pipe: Pipeline, extractor: Extractor, sampler: str, steps: int, seed: int, labels: str, block_size: int
+    pipe: Pipeline,
+    extractor: Extractor,
+    sampler: str,
+    steps: int,
+    seed: int,
+    labels: str,
+    block_size: int,
+    uint8: str | None = None,
+    classes: tuple[int, ...] = (),
+    preset: dict[str, Any] | None = None,
+    keep_images: int = KEEP_IMAGES,
 ) -> RunConfig:
-    """The configuration that a run's blocks are stamped with."""
-    from genkit.pipelines.images import UINT8_RULE
+    """The configuration that a run's blocks are stamped with.
 
+    ``uint8`` is a rule of ``UINT8_RULES``, None the pipeline's own; ``classes`` are the labels of a file;
+    ``preset`` is what is said of one; ``keep_images`` says of how many images pixels are stored.
+    """
     return RunConfig(
         model=pipe.name,
         model_sha256=pipe.fingerprint,
@@ -65,8 +88,11 @@ def make_config(
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         resize=extractor.resize,
-        uint8_rule=UINT8_RULE,
+        uint8_rule=uint8_rule(pipe) if uint8 is None else UINT8_RULES[uint8].formula,
         genkit=provenance.genkit_version(),
+        classes=classes,
+        preset=preset or {},
+        keep_images=keep_images,
     )
 
 
@@ -114,15 +140,49 @@ def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: R
     keys = ("model", "model_sha256", "sampler", "steps", "seed", "block_size", "uint8_rule")
     return {
         **common_header(extractor, reference, request.bootstrap, request.device),
+        **({"preset": config.preset} if config.preset else {}),
         "generation": {
             **{key: known[key] for key in keys},
             "seed_rule": f"seed of image k = {config.seed} + k",
             "labels": config.labels,
-            "label_rule": LABEL_RULES[config.labels],
+            "label_rule": rule_in_words(config.labels),
             "class_names": list(pipe.class_names),
             "image_shape": list(pipe.image_shape),
         },
     }
+
+
+def store_of(config: RunConfig, request: Request, rule: Any, made_with: dict[str, Any] | None = None) -> BlockStore:
+    """The blocks of one guidance."""
+    return BlockStore(request.out / slug(repr(rule)) / "blocks", config.hash(repr(rule)), made_with)
+
+
+@contextmanager
+def blaming(guidance: tuple[str, Any], out: Path) -> Iterator[None]:
+    """What the pipeline refuses is put down to the guidance, what the disk refuses to the folder."""
+    try:
+        yield
+    except RefusedError as error:
+        raise InputError(f"--guidance {guidance[0]!r}", str(error)) from error
+    except OSError as error:
+        raise InputError("--out", f"cannot write in {out} ({error.strerror or error})") from error
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A bar over the images of all processes, ``start`` of which do not count."""
+
+    bar: Any
+    start: int
+
+    def show(self) -> None:
+        """Move the bar to where it should be."""
+        self.bar.update(world().images - self.start - self.bar.n)
+
+    def advance(self, images: int) -> None:
+        """This process has ``images`` more."""
+        world().advance(images)
+        self.show()
 
 
 def run_one(
@@ -132,19 +192,21 @@ def run_one(
     request: Request,
     guidance: tuple[str, Any],
     scoring: Scoring,
-    bar: Any,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Make, score and describe one guidance; returns its entry of the results."""
+    """Make, score and describe one guidance; returns its entry of the results. Other processes may make a part of the images."""
     text, rule = guidance
     name, stamp = slug(repr(rule)), config.hash(repr(rule))
     folder = request.out / name
-    store = BlockStore(folder / "blocks", stamp, provenance.made_with(request.device))
-    store.clean()
-    bar.set_description(f"{text}: images")
-    fill(pipe, rule, extractor, config, store, request.num_samples, bar.update)
-    bar.set_description(f"{text}: metrics")
+    store = store_of(config, request, rule, provenance.made_with(request.device))
+    progress.bar.set_description(f"{text}: images")
+    fill(pipe, rule, extractor, config, store, request.num_samples, progress.advance, world().mine)
+    world().gather(progress.show)
+    await_blocks(store, config, request)
+    progress.bar.set_description(f"{text}: metrics")
     block = store.read_all(request.num_samples, config.block_size)
-    write_bytes(folder / "grid.png", png_bytes(class_grid(block.pixels, block.labels.tolist(), pipe.class_names)))
+    if len(block.pixels):
+        write_bytes(folder / "grid.png", png_bytes(class_grid(block.pixels, block.labels.tolist(), pipe.class_names)))
     return make_entry(request.out, text, repr(rule), stamp, block, scoring)
 
 
@@ -154,34 +216,73 @@ def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunC
     After each guidance the file is replaced, with status "partial" until the last. Guidances that an earlier command put into the
     same folder stay in it, scored again if reference or bootstrap differ. Blocks that exist are not made again, so a run that was
     stopped goes on where it was.
+    Of several processes, the first does all this, and the others make their share of the blocks and return nothing.
     Raises InputError for a model whose images the extractor does not take, for a folder that cannot be used, and for a guidance
     that the model refuses (naming it).
     """
     check_shape(pipe, extractor)
-    prepare_folder(request.out, config, request.overwrite)
+    if not world().first:
+        return assist(pipe, extractor, config, request)
+    prepare_folder(request.out, config, request.overwrite and not restarted())
+    for _, rule in request.guidances:
+        store_of(config, request, rule).clean()
+    start = world().images
+    world().follow()
     about = header(pipe, extractor, reference, config, request)
-    scoring = Scoring(reference, request.bootstrap, extractor.label)
+    scoring = Scoring(reference, request.bootstrap, extractor, request.metrics)
     asked = {repr(rule) for _, rule in request.guidances}
     entries = settle(request.out, results.earlier_entries(request.out), asked, config.block_size, scoring)
     found: dict[str, Any] = {}
     total = len(request.guidances) * request.num_samples
     with tqdm(total=total, unit="img", file=sys.stderr, disable=not request.progress, dynamic_ncols=True) as bar:
         for number, guidance in enumerate(request.guidances, start=1):
-            try:
-                entry = run_one(pipe, extractor, config, request, guidance, scoring, bar)
-            except RefusedError as error:
-                raise InputError(f"--guidance {guidance[0]!r}", str(error)) from error
-            except OSError as error:
-                raise InputError("--out", f"cannot write in {request.out} ({error.strerror or error})") from error
+            with blaming(guidance, request.out):
+                entry = run_one(pipe, extractor, config, request, guidance, scoring, Progress(bar, start))
             entries = results.replace_entry(entries, entry)
             found = results.write_results(request.out, about, entries, complete=number == len(request.guidances))
     return found
 
 
+def assist(pipe: Pipeline, extractor: Extractor, config: RunConfig, request: Request) -> dict[str, Any]:
+    """What each process but the first does: its share of the blocks of every guidance, as soon as the folder is prepared."""
+    world().follow()
+    path = request.out / results.CONFIG
+    if not appears(lambda: path.exists() and not differences(read_json(path, "--out"), config.as_dict())):
+        found = "; ".join(differences(read_json(path, "--out"), config.as_dict()))
+        raise InputError("--out", f"{request.out} as this process sees it is of another run ({found}); {ONE_FOLDER}")
+    for guidance in request.guidances:
+        store = store_of(config, request, guidance[1], provenance.made_with(request.device))
+        with blaming(guidance, request.out):
+            fill(pipe, guidance[1], extractor, config, store, request.num_samples, world().advance, world().mine)
+        world().gather()
+    return {}
+
+
+def await_blocks(store: BlockStore, config: RunConfig, request: Request) -> None:
+    """Wait until the blocks of all processes can be seen here; InputError for those that stay away."""
+    ranges = block_ranges(request.num_samples, config.block_size)
+
+    def missing() -> list[int]:
+        return [index for index, indices in enumerate(ranges) if not store.done(index, len(indices))]
+
+    if not appears(lambda: not missing()):
+        ranks = ", ".join(map(str, sorted({index % world().size for index in missing()})))
+        raise InputError("--out", f"{store.folder} lacks blocks that rank {ranks} has made; {ONE_FOLDER}")
+
+
+def appears(there: Callable[[], bool]) -> bool:
+    """Whether it is there, or comes within a minute: a network file system shows what others wrote late. At once when alone."""
+    until = time.monotonic() + VISIBLE_AFTER
+    while not (seen := there()) and world().size > 1 and time.monotonic() < until:
+        world().check()
+        time.sleep(0.5)
+    return seen
+
+
 def blocks_done(config: RunConfig, request: Request) -> tuple[int, int]:
     """How many of the blocks that ``request`` needs are finished, and how many there are."""
     ranges = block_ranges(request.num_samples, config.block_size)
-    stores = [BlockStore(request.out / slug(repr(g)) / "blocks", config.hash(repr(g))) for _, g in request.guidances]
+    stores = [store_of(config, request, rule) for _, rule in request.guidances]
     done = sum(store.done(i, len(indices)) for store in stores for i, indices in enumerate(ranges))
     return done, len(stores) * len(ranges)
 
@@ -191,7 +292,8 @@ def compare_sheet(out: Path, found: dict[str, Any]) -> None:
     rows = []
     for entry in found["guidances"]:
         store = BlockStore(out / entry["slug"] / "blocks", entry["config_sha256"])
-        if store.done(0, 1):
-            rows.append((entry["label"], store.read(0).pixels))
+        pixels = store.read(0).pixels if store.done(0, 1) else None
+        if pixels is not None and len(pixels):
+            rows.append((entry["label"], pixels))
     if rows:
         write_bytes(out / "compare.png", png_bytes(same_seeds(rows)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor
 
 from genkit_eval.blocks import Block
-from genkit_eval.errors import InputError
-from genkit_eval.metrics import METRICS, Pair, Sample, Spec, unavailable
+from genkit_eval.extractors import Extractor
+from genkit_eval.metrics import Pair, Sample, Spec, unavailable
 from genkit_eval.metrics.counts import Counts, draw_counts, interval
 from genkit_eval.references import Reference
+from genkit_eval.selection import Metrics as Metrics
 
 LEVEL = 0.95
 # Extra digits would only make the file longer: replicates serve intervals of differences.
 REPLICATE_DIGITS = 9
 MIN_SAMPLES = 8
+STANDARD = Metrics()
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,33 @@ def basis(reference_sha256: str, bootstrap: Bootstrap) -> str:
     return hashlib.sha256(json.dumps([reference_sha256, bootstrap.as_dict()]).encode()).hexdigest()[:16]
 
 
-def chosen(extra: Sequence[str] = ()) -> list[Spec]:
-    """The standard metrics and those asked for by name; InputError for a name that is not registered."""
-    unknown = [name for name in extra if name not in METRICS]
-    if unknown:
-        raise InputError("--metric", f"got {unknown[0]!r}; one of {', '.join(METRICS)} works")
-    return [spec for name, spec in METRICS.items() if spec.standard or name in extra]
-
-
 def score(
-    fake: Sample, reference: Reference, label: str, bootstrap: Bootstrap, extra: Sequence[str] = ()
+    fake: Sample, reference: Reference, extractor: Extractor, bootstrap: Bootstrap, metrics: Metrics = STANDARD
 ) -> dict[str, dict[str, Any]]:
     """Every metric that can be computed: value, protocol, sample counts, interval and its replicates.
 
-    ``label`` is the extractor's, for titles such as ``FD-CIFAR10``. ``extra`` names metrics beside the standard ones.
+    ``extractor`` is the one of both sets, which titles and protocols name. ``metrics`` are those to compute.
     """
-    pair = Pair(reference.sample, fake)
+    pair = Pair(reference.sample.also(extractor.part), fake.also(extractor.part))
     counts = draw_counts(len(pair.fake), len(pair.real), bootstrap.replicates, bootstrap.seed) if bootstrap.replicates else None
     found = {}
-    for spec in chosen(extra):
+    for name, (spec, network) in metrics.specs(extractor).items():
         if unavailable(spec, pair) is None:
-            found[spec.name] = _numbers(spec, pair, reference, label, bootstrap, counts)
+            found[name] = _numbers(spec, pair, reference, network, bootstrap, counts)
     return found
 
 
 def _numbers(
-    spec: Spec, pair: Pair, reference: Reference, label: str, bootstrap: Bootstrap, counts: Counts | None
+    spec: Spec, pair: Pair, reference: Reference, extractor: Extractor, bootstrap: Bootstrap, counts: Counts | None
 ) -> dict[str, Any]:
     value = spec.value(pair)
     replicates = spec.replicates(pair, counts) if counts is not None else None
+    if replicates is not None and bool((replicates == value).all()):
+        replicates = None  # too few images to say how far it spreads, which is not the same as not at all
     n_real = {"none": None, "moments": reference.num_images or None}.get(spec.reference, len(pair.real))
     return {
-        "title": spec.heading(label),
-        "variant": spec.protocol(n_real or 0, len(pair.fake)),
+        "title": spec.heading(extractor),
+        "variant": spec.protocol(extractor, n_real or 0, len(pair.fake)),
         "better": spec.better,
         "value": value,
         "interval": None if replicates is None else list(interval(value, replicates, LEVEL, spec.bounds)),
@@ -89,16 +84,16 @@ def _numbers(
     }
 
 
-def missing(fake: Sample, reference: Reference, label: str, extra: Sequence[str] = ()) -> dict[str, str]:
+def missing(fake: Sample, reference: Reference, extractor: Extractor, metrics: Metrics = STANDARD) -> dict[str, str]:
     """Why metrics are not among the scores, by title.
 
     Standard ones that read a layer which the extractor does not make are not worth a word; those asked for by name are.
     """
-    pair, found = Pair(reference.sample, fake), {}
-    for spec in chosen(extra):
+    pair, found = Pair(reference.sample.also(extractor.part), fake.also(extractor.part)), {}
+    for name, (spec, network) in metrics.specs(extractor).items():
         reason = unavailable(spec, pair)
-        if reason is not None and (spec.name in extra or all(layer in fake.layers for layer in spec.inputs)):
-            found[spec.heading(label)] = reason
+        if reason is not None and (name in metrics.names or all(layer in fake.layers for layer in spec.inputs)):
+            found[spec.heading(network)] = reason
     return found
 
 

@@ -79,9 +79,12 @@ def columns_of(entries: list[dict[str, Any]]) -> list[Column]:
 
 
 def metric_order(names: Iterable[str]) -> list[str]:
-    """Names of metrics as the tables show them: the usual ones first, then others as registered."""
-    known = set(names)
-    return [n for n in ORDER if n in known] + [n for n in METRICS if n in known and n not in ORDER]
+    """Names of metrics as the tables show them: the usual ones first, then others as registered, then unknown ones.
+
+    One over a part of the extractor, ``frechet@dinov2``, follows the one over the whole.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys([*ORDER, *METRICS]))}
+    return sorted(set(names), key=lambda name: (places.get(name.partition("@")[0], len(places)), name))
 
 
 def _spread(cost: dict[str, Any]) -> str:
@@ -98,6 +101,11 @@ def text_table(results: dict[str, Any]) -> str:
         for row, cell in zip(rows[1:], column.cells, strict=True):
             star = "*" if cell.best else " "
             row.append(f"{cell.text}{star}[{cell.interval}]" if wide and cell.interval else f"{cell.text}{star}")
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text: the first row is underlined, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows

@@ -26,7 +26,7 @@ def pipe() -> FakePipeline:
 
 @pytest.fixture(scope="session")
 def extractor() -> Extractor:
-    return Extractor("fake/projection", "TINY", "e" * 64, "none", tiny_features)
+    return Extractor("fake/projection", "TINY", "e" * 64, "none", tiny_features, variant="tiny")
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_images_of_another_size() -> None:
 def test_the_builtin_network_has_no_options() -> None:
     found = load_extractor("builtin/cifar10")
     assert found(noise(2, 32, 32))["features"].shape == (2, found.layers["features"])
-    assert found.variant == "builtin/cifar10"
+    assert found.variant == "cifar10"
     for option, more in (("--weights", {"weights": Path("x")}), ("--resize", {"resize": "tf1"})):
         with pytest.raises(InputError, match=f"{option}: .* leave it out"):
             load_extractor("builtin/cifar10", **more)
@@ -161,7 +161,7 @@ def test_other_weights_are_refused_or_never_called_fid(ours: Extractor, weights:
         load_extractor("inception-2015", weights=weights)
     mark = f"@{ours.sha256[:8]}"
     assert (ours.name, ours.variant) == (f"inception-2015{mark}", f"adm-tf1{mark}")
-    assert METRICS["frechet"].heading(ours.label) == f"FD-other-Inception{mark}"
+    assert METRICS["frechet"].heading(ours) == f"FD-other-Inception{mark}"
 
 
 def test_the_published_file_is_fid_and_each_rule_a_protocol(
@@ -171,9 +171,9 @@ def test_the_published_file_is_fid_and_each_rule_a_protocol(
     pixels = torch.from_numpy(np.load(GOLDEN / "inception.npz")["pixels"])[1:]
     clean = load_extractor("inception-2015", weights=weights, resize="clean")
     assert (clean.name, clean.resize, clean.variant) == ("inception-2015", "clean", "clean")
-    assert METRICS["frechet"].heading(clean.label) == "FID-clean"
+    assert METRICS["frechet"].heading(clean) == "FID-clean"
     adm = load_extractor("inception-2015", weights=weights, resize="adm")
-    assert (adm.resize, adm.variant, METRICS["frechet"].heading(adm.label)) == ("tf1", "adm-tf1", "FID")
+    assert (adm.resize, adm.variant, METRICS["frechet"].heading(adm)) == ("tf1", "adm-tf1", "FID")
     far = float((clean(pixels)["features"] - adm(pixels)["features"]).abs().max())
     assert far > 1e-3  # another rule, other features
     with pytest.raises(InputError, match="--resize: got 'pil'; extractor inception-2015 takes tf1, clean, torch-bilinear"):
@@ -309,7 +309,8 @@ def test_a_run_stores_the_main_layer_and_the_others(runner: Runner) -> None:
     Runner(several, runner.reference, runner.out)(FakePipeline(), "none", n=10)
     path = next(runner.out.glob("*/blocks/00000.safetensors"))
     with safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"features", "layer.logits", "pixels", "labels", "nfe"}
+        pixel_layers = {f"layer.pixels.{name}" for name in ("saturation", "contrast", "clipped")}
+        assert set(file.keys()) == {"features", "layer.logits", "pixels", "labels", "nfe"} | pixel_layers
         assert file.get_tensor("layer.logits").equal(file.get_tensor("pixels").float().mean(dim=(2, 3)))
 
 

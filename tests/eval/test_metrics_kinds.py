@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from genkit_eval.extractors import Extractor
 from genkit_eval.metrics import METRICS, Pair, Sample, unavailable
 from genkit_eval.metrics import frechet as frechet_module
 from genkit_eval.metrics.clip_score import clip_scores
@@ -222,14 +223,37 @@ def test_fewer_reference_images_than_neighbours() -> None:
 
 
 def test_variants_and_headings_name_the_protocol() -> None:
-    assert METRICS["precision_adm"].protocol(10_000, 50_000) == "pr/adm-fp16/k3/10k-50k"
-    assert METRICS["recall_adm"].protocol(1234, 8000) == "pr/adm-fp16/k3/1234-8k"
-    assert METRICS["frechet"].heading("Inception") == "FID"
-    assert METRICS["sfid"].heading("Inception") == "sFID"
-    assert METRICS["frechet"].heading("DINOv2") == "FD-DINOv2"
-    shared = {"precision", "recall", "density", "coverage"}  # two of each protocol
-    variants = [spec.variant for name, spec in METRICS.items() if name.split("_")[0] not in shared]
-    assert len(set(variants)) == len(variants)
+    def made(label: str, variant: str, fid: str = "") -> Extractor:
+        return Extractor("x", label, "0", "none", lambda pixels: pixels, variant=variant, fid=fid)
+
+    adm, clean = made("Inception", "adm-tf1", "FID"), made("Inception-clean", "clean", "FID-clean")
+    dino = made("DINOv2", "dinov2-vit-l-14-edm2")
+    expected = {
+        "frechet": ("fid/adm-tf1", "fid/clean", "fd/dinov2-vit-l-14-edm2"),
+        "sfid": ("sfid/adm-tf1", "sfid/clean", "sfd/dinov2-vit-l-14-edm2"),
+        "precision": ("pr/exact/k3/adm-tf1", "pr/exact/k3/clean", "pr/exact/k3/dinov2-vit-l-14-edm2"),
+        "recall_adm": ("pr/adm-fp16/k3/10k-50k", "pr/adm-fp16/k3/10k-50k/clean", "pr/adm-fp16/k3/10k-50k/dinov2-vit-l-14-edm2"),
+        "saturation": ("saturation/hsv-mean",) * 3,
+    }
+    for name, variants in expected.items():
+        assert tuple(METRICS[name].protocol(extractor, 10_000, 50_000) for extractor in (adm, clean, dino)) == variants
+    assert METRICS["precision_adm"].protocol(adm, 1234, 8000) == "pr/adm-fp16/k3/1234-8k"
+    assert [METRICS["frechet"].heading(extractor) for extractor in (adm, clean, dino)] == ["FID", "FID-clean", "FD-DINOv2"]
+    assert [METRICS[name].heading(adm) for name in ("sfid", "frechet_infinity", "kid")] == ["sFID", "FID ∞", "KID-Inception"]
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_numbers_of_two_protocols_have_two_names(name: str) -> None:
+    """Whatever the extractor: a metric's name is its own and its extractor's, but for pairs of one protocol."""
+    variants = ("adm-tf1", "clean", "x")
+    spec, extractors = METRICS[name], [Extractor("x", "X", "0", "none", lambda p: p, variant=v) for v in variants]
+    ours = [spec.protocol(extractor, 60, 50) for extractor in extractors]
+    assert len(set(ours)) == (1 if spec.source == "pixels" else 3)
+    partners = [("precision", "recall"), ("density", "coverage")]
+    for other, found in METRICS.items():
+        related = {name.split("_")[0], other.split("_")[0]} in [set(pair) for pair in partners]
+        if other != name and not related:
+            assert not set(ours) & {found.protocol(extractor, 60, 50) for extractor in extractors}, other
 
 
 def test_layers_of_one_set_have_one_count() -> None:

@@ -79,8 +79,8 @@ def test_it_holds_everything_and_asks_for_nothing(page: tuple[str, Path]) -> Non
     assert not {"link", "iframe", "object"} & set(parsed.tags)
     assert "@import" not in text
     assert "url(" not in text
-    # Three plots, the comparison, one grid for each guidance.
-    assert len(parsed.images) == 3 + 1 + len(TEXTS)
+    # Four plots, the comparison, one grid for each guidance.
+    assert len(parsed.images) == 4 + 1 + len(TEXTS)
     for image in parsed.images:
         Image.open(io.BytesIO(base64.b64decode(image.split(",", 1)[1]))).verify()
 
@@ -137,7 +137,7 @@ def test_it_can_be_built_without_blocks_grids_or_intervals(page: tuple[str, Path
     assert invoke(["report", str(out)]) == 0
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "This run is not finished" in text
-    assert len(Page(text).images) == 2
+    assert len(Page(text).images) == 3
 
 
 def test_text_table_marks_the_best(page: tuple[str, Path]) -> None:

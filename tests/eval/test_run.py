@@ -60,10 +60,12 @@ def test_results_say_how_they_were_made(runner: Runner, pipe: FakePipeline) -> N
     # Those of layers that the stand-in does not make have no number.
     assert set(entry["metrics"]) == {n for n, spec in METRICS.items() if spec.standard and {*spec.inputs} <= {"features"}}
     for name, metric in entry["metrics"].items():
-        assert metric["variant"] == METRICS[name].variant
+        assert metric["variant"] == METRICS[name].protocol(runner.extractor, metric["n_real"] or 0, 25)
         assert metric["n_fake"] == 25
         assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]
     assert entry["metrics"]["frechet"]["title"] == "FD-TINY"
+    variants = {name: entry["metrics"][name]["variant"] for name in ("frechet", "recall", "saturation")}
+    assert variants == {"frechet": "fd/tiny", "recall": "pr/exact/k3/tiny", "saturation": "saturation/hsv-mean"}
     assert "FID" not in json.dumps([m["title"] for m in entry["metrics"].values()])
     assert entry["cost"]["nfe_mean"] == pytest.approx(3 + 12 / 25)
     assert entry["trace"][0]["sigma"] == 80.0
@@ -214,8 +216,11 @@ def test_labels() -> None:
     assert drawn[100:200] == labels_of(range(100, 200), 10, "random", seed=1)
     assert drawn != labels_of(range(3000), 10, "random", seed=2)
     assert min(drawn.count(c) for c in range(10)) > 230
-    with pytest.raises(ValueError, match="labels: got 'sorted'"):
-        label_of(0, 10, "sorted")
+    assert labels_of(range(7), 3, "sorted:7") == [0, 0, 0, 1, 1, 2, 2]
+    assert labels_of(range(1, 3), 10, "file:abc", classes=(9, 4, 4)) == [4, 4]
+    for rule in ("sorted", "sorted:", "file:abc", "other"):
+        with pytest.raises(ValueError, match=f"labels: got '{rule}' for image 0"):
+            label_of(0, 10, rule)
 
 
 def test_slugs_are_short_safe_and_different() -> None:
@@ -293,6 +298,17 @@ def test_earlier_guidances_are_scored_again_for_another_reference(
     assert [entry["reference_sha256"] for entry in found["guidances"]] == ["b" * 64] * 2
     whole = Runner(runner.extractor, other_reference(reference), tmp_path / "whole")(FakePipeline(), *TEXTS)
     assert numbers(found) == numbers(whole)
+
+
+def test_numbers_under_earlier_names_are_scored_again(runner: Runner, pipe: FakePipeline) -> None:
+    """A results file of a version that named protocols otherwise: nothing of it may stand beside new numbers."""
+    found = runner(pipe, *TEXTS)
+    path = runner.out / "results.json"
+    path.write_text(path.read_text().replace("fd/tiny", "fd/float64").replace("/k3/tiny", "/k3"))
+    more = FakePipeline()
+    again = runner(more, "CFG(3.0)")
+    assert {guidance for guidance, _, _ in more.asked} == {CFG(3.0)}
+    assert numbers(again)[:2] == numbers(found)
 
 
 def test_scores_of_another_reference_without_blocks_are_refused(runner: Runner, reference: Reference, pipe: FakePipeline) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from genkit_eval.commands.work import Looking, Network
+from genkit_eval.distributed import world
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
 from genkit_eval.extractors.weights import sha256_of
@@ -49,18 +50,24 @@ def run_build(
     num_features: int = NUM_FEATURES,
     keep_images: int = 0,
     dataset: str | None = None,
-) -> Contents:
-    """Statistics of images into a file. Raises InputError for whatever does not work, before the images are gone through."""
+) -> None:
+    """Statistics of images into a file, by all processes of the command.
+
+    Raises InputError for whatever does not work, before the images are gone through.
+    """
     check_out(out)
     for option, value, least in (("--num-features", num_features, 6), ("--keep-images", keep_images, 0)):
         if value < least:
             raise InputError(option, f"got {value}; {least} or more works")
     images = looking.open(source, "SOURCE")
-    extractor = network.load()
-    with looking.work(network.device, len(images), "features") as work:
+    with world().ahead():
+        extractor = network.load()
+    with looking.work(network.device, len(images), "features", spread=True) as work:
+        if not world().first:
+            work.features(images, extractor)
+            return
         contents = build(images, extractor, work, num_features, keep_images, dataset)
     write(out, contents)
-    return contents
 
 
 def stamp(contents: Contents, extractor: Extractor) -> Contents:

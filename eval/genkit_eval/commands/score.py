@@ -14,6 +14,7 @@ from torch import Tensor
 from genkit_eval import provenance, results
 from genkit_eval.commands.work import Looking, Network
 from genkit_eval.config import RunConfig, slug
+from genkit_eval.distributed import world
 from genkit_eval.entries import Scoring, describe
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
@@ -21,13 +22,15 @@ from genkit_eval.files import check_writable, write_bytes
 from genkit_eval.images import Images, View
 from genkit_eval.metrics import Sample
 from genkit_eval.metrics.registry import PIXEL_LAYER
+from genkit_eval.presets import check_reference, find_preset
 from genkit_eval.references import Work, load_reference
 from genkit_eval.references.contents import MAIN
 from genkit_eval.references.features import key_of
 from genkit_eval.report import check_installed
 from genkit_eval.report.grid import COLUMNS, labelled_rows, png_bytes
 from genkit_eval.run import common_header, prepare_folder
-from genkit_eval.score import MIN_SAMPLES, Bootstrap, chosen
+from genkit_eval.score import MIN_SAMPLES, Bootstrap
+from genkit_eval.selection import Metrics, metrics_of
 from genkit_eval.table import text_table
 
 FOUND = "existing images"
@@ -45,9 +48,20 @@ class ScoreOptions:
     network: Network = field(default_factory=Network)
     looking: Looking = field(default_factory=Looking)
     names: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
+    metric: list[str] = field(default_factory=list)
     bootstrap: int = 200
     overwrite: bool = False
+    preset: str | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is computed: of a preset its own metrics, else the standard ones; and those asked for by name."""
+        return metrics_of(self.preset, self.metric)
+
+    def protocol(self, images: int) -> dict[str, Any]:
+        """For the results: the preset and what was changed of it, of so many images; empty without one."""
+        used = {"extractor": self.network.name, "resize": self.network.resize, "num_samples": images}
+        return {} if self.preset is None else {"preset": find_preset(self.preset).as_dict(used)}
 
     def check(self) -> None:
         """InputError for a number out of range, an unknown metric, and names that do not fit the images."""
@@ -57,12 +71,12 @@ class ScoreOptions:
             raise InputError("--name", f"got {len(self.names)} for {len(self.images)} sets of images; one for each works")
         if len(set(self.images)) < len(self.images):
             raise InputError("IMAGES", "the same set is given twice")
-        chosen(self.metrics)
+        self.metrics.check()
 
 
-def sample_from(images: Images, extractor: Extractor, work: Work, extra: Sequence[str]) -> tuple[Sample, list[str]]:
+def sample_from(images: Images, extractor: Extractor, work: Work, metrics: Metrics) -> tuple[Sample, list[str]]:
     """Images as the metrics see them, with the layers that these read, and what a reader must know of them."""
-    wanted = {MAIN, *(layer for spec in chosen(extra) for layer in spec.inputs)}
+    wanted = {MAIN, *(layer for spec, _ in metrics.specs(extractor).values() for layer in spec.inputs)}
     layers: dict[str, list[Tensor]] = {}
     positions: list[int] = []
     features = work.features(images, extractor)
@@ -149,7 +163,10 @@ def expression_of(images: Images) -> str:
 
 
 def run_score(options: ScoreOptions) -> dict[str, Any]:
-    """Score every set, write results and report as a run does, print the table, and return the results."""
+    """Score every set, write results and report as a run does, print the table, and return the results.
+
+    Of several processes, the first does all this, and the others make their share of the features and return nothing.
+    """
     check_installed()
     options.check()
     sets = [options.looking.open(uri, "IMAGES") for uri in options.images]
@@ -157,10 +174,15 @@ def run_score(options: ScoreOptions) -> dict[str, Any]:
         if len(images) < MIN_SAMPLES:
             raise InputError("IMAGES", f"{images.uri} has {len(images)} images; at least {MIN_SAMPLES} work")
     check_writable(options.out)
-    extractor, device = options.network.load(), options.network.device
+    with world().ahead():
+        extractor, device = options.network.load(), options.network.device
+    options.metrics.specs(extractor)
+    check_reference(options.preset, options.reference, extractor.reference)
+    if not world().first:
+        return assist(sets, extractor, options)
     with options.looking.work(device, 0, "reference") as work:
         reference = load_reference(options.reference, extractor, work)
-    scoring = Scoring(reference, Bootstrap(options.bootstrap), extractor.label, tuple(options.metrics))
+    scoring = Scoring(reference, Bootstrap(options.bootstrap), extractor, options.metrics)
     config = config_of(extractor, sets[0].view)
     prepare_folder(options.out, config, options.overwrite)
     about = common_header(extractor, reference, scoring.bootstrap, device) | {"generation": generation(config)}
@@ -168,8 +190,9 @@ def run_score(options: ScoreOptions) -> dict[str, Any]:
     found: dict[str, Any] = {}
     notes: list[str] = []
     for number, (images, name) in enumerate(zip(sets, options.names or options.images, strict=True), start=1):
-        with options.looking.work(device, len(images), name) as work:
+        with options.looking.work(device, len(images), name, spread=True) as work:
             fake, lines = sample_from(images, extractor, work, options.metrics)
+        about |= options.protocol(len(fake))
         entry = describe(options.out, name, expression_of(images), key_of(images, extractor), fake, scoring)
         write_bytes(options.out / entry["grid"], grid(images))
         notes += [f"{name}: {line}" for line in lines]
@@ -177,6 +200,14 @@ def run_score(options: ScoreOptions) -> dict[str, Any]:
         found = results.write_results(options.out, about, entries, complete=number == len(sets))
     finish(options.out, found, [*reference.notes, *notes])
     return found
+
+
+def assist(sets: Sequence[Images], extractor: Extractor, options: ScoreOptions) -> dict[str, Any]:
+    """What each process but the first does: its share of the features of every set."""
+    for images in sets:
+        with options.looking.work(options.network.device, len(images), images.uri, spread=True) as work:
+            work.features(images, extractor)
+    return {}
 
 
 def finish(out: Path, found: dict[str, Any], notes: Sequence[str]) -> None:

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from genkit_eval.errors import InputError
-from genkit_eval.extractors import Extractor, load_extractor
+from genkit_eval.extractors import Extractor, Given, load_extractor
 from genkit_eval.extractors.weights import cache_folder
 from genkit_eval.images import Images, open_images
 from genkit_eval.references.build import Work
@@ -19,11 +18,11 @@ from genkit_eval.references.build import Work
 
 @dataclass(frozen=True)
 class Network:
-    """Which extractor, as typed: name, weights file, resize rule and device; None is the extractor's own."""
+    """Which extractors, as typed: names, weights files, resize rules and device; None is the extractor's own."""
 
     name: str = "builtin/cifar10"
-    weights: Path | None = None
-    resize: str | None = None
+    weights: Given = None
+    resize: Given = None
     device: str = "cpu"
     any_weights: bool = False
 
@@ -57,8 +56,8 @@ class Looking:
         return open_images(uri, self.size, self.crop, self.num_images, self.max_errors, option)
 
     @contextmanager
-    def work(self, device: str, images: int, title: str) -> Iterator[Work]:
-        """What ``build`` and ``load_reference`` need, with a bar over so many images."""
+    def work(self, device: str, images: int, title: str, spread: bool = False) -> Iterator[Work]:
+        """What ``build`` and ``load_reference`` need, with a bar over so many images; ``spread`` over all processes."""
         with tqdm(total=images or None, unit="img", file=sys.stderr, desc=title, dynamic_ncols=True, leave=False) as bar:
             pin = device.startswith("cuda")
-            yield Work(cache_folder() if self.cache else None, self.batch_size, self.workers, bar.update, pin)
+            yield Work(cache_folder() if self.cache else None, self.batch_size, self.workers, bar.update, pin, spread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,12 +47,14 @@ class Options:
 class Extractor:
     """A feature network and what a number made with it must say.
 
-    ``label`` goes into metric titles (``FD-<label>``; of the label Inception, ``FID``). ``sha256`` is that of the weights.
+    ``label`` goes into metric titles. ``fid`` is what its Frechet distance is called where that is ``FID``, "" where it is
+    ``FD-<label>``: the published Inception of 2015 alone gives FID. ``sha256`` is that of the weights.
     ``features`` maps uint8 (B, 3, H, W) to float32 (B, D), or to one such matrix for each layer, the main one under "features".
     ``resize`` is the rule by which images reach the network's size; ``image_shape`` is the one (3, H, W) that it takes, None for
     any. ``layers`` are the widths of the layers, where known. ``variant`` names network and resize rule in the name of a number:
     ``adm-tf1``, ``clean``, ``dinov2-vit-l-14-edm2``. ``batch`` images go through the network at once. ``texts``, where the
-    network reads text as well, maps N texts to (N, D) in the space of the features.
+    network reads text as well, maps N texts to (N, D) in the space of the features. ``part`` is what its layers are called beside
+    those of others in one pass, and ``parts`` are all of these by that name, the first one being itself; empty for one network.
     """
 
     name: str
@@ -63,6 +66,9 @@ class Extractor:
     image_shape: tuple[int, int, int] | None = None
     layers: Mapping[str, int] = field(default_factory=dict, compare=False)
     variant: str = ""
+    fid: str = ""
+    part: str = ""
+    parts: Mapping[str, Extractor] = field(default_factory=dict, compare=False)
     device: str = "cpu"
     batch: int = 256
     texts: Callable[[Sequence[str]], Tensor] | None = field(default=None, compare=False, repr=False)
@@ -70,6 +76,8 @@ class Extractor:
     def __post_init__(self) -> None:
         if not self.variant:
             object.__setattr__(self, "variant", self.name)
+        if not self.part:
+            object.__setattr__(self, "part", re.sub(r"[^A-Za-z0-9_-]+", "-", self.name.partition("@")[0].rpartition("/")[2]))
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """Layers by name, each (N, D) float32 on the CPU, without gradients, of N >= 1 images.
@@ -84,16 +92,22 @@ class Extractor:
         parts: dict[str, list[Tensor]] = {}
         with torch.inference_mode(), _full_precision(self.device):
             for batch in pixels.split(self.batch):
-                found = self.features(batch.to(self.device))
+                found = self.features(batch.to(self.device, non_blocking=batch.is_pinned()))
                 for layer, values in (found if isinstance(found, Mapping) else {MAIN: found}).items():
                     parts.setdefault(layer, []).append(values.float().cpu())
         # Joined outside, so that what comes back is not bound to inference mode.
         return {layer: torch.cat(values) for layer, values in parts.items()}
 
+    @property
+    def frechet(self) -> str:
+        """What a Frechet distance over the features is called."""
+        return self.fid or f"FD-{self.label}"
+
     def as_dict(self) -> dict[str, object]:
         """For the results file."""
         keys = ("name", "label", "sha256", "resize", "variant")
-        return {**{key: getattr(self, key) for key in keys}, "layers": dict(self.layers)}
+        parts = {"parts": {name: part.as_dict() for name, part in self.parts.items()}} if self.parts else {}
+        return {**{key: getattr(self, key) for key in keys}, "layers": dict(self.layers), **parts}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def load_cifar10(options: Options) -> Extractor:
     shape = (net.config.image_channels, net.config.image_size, net.config.image_size)
     resize = "none (32x32 as generated)"
     width = net.config.channels[-1]
+    name, device = "cifar10", options.device
     return Extractor(
-        CIFAR10, "CIFAR10", str(net.fingerprint), resize, net.features, reference, shape, {MAIN: width}, device=options.device
+        CIFAR10, "CIFAR10", str(net.fingerprint), resize, net.features, reference, shape, {MAIN: width}, name, device=device
     )

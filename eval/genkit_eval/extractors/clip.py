@@ -87,4 +87,5 @@ def load_clip(options: Options) -> Extractor:
         device=options.device,
         batch=32,
         texts=texts,
+        part="clip",
     )

@@ -113,4 +113,5 @@ def load_dinov2(size: str, options: Options) -> Extractor:
         variant=f"{name}-{VARIANTS[rule]}{mark}",
         device=options.device,
         batch=32,
+        part="dinov2",
     )

@@ -238,13 +238,6 @@ def load_state(state: Mapping[str, Tensor]) -> InceptionV3:
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def _label(rule: str, mark: str) -> str:
-    """Only "FD-Inception" is written as FID, which other weights must not be; other rules say theirs: FID-clean."""
-    if mark:
-        return f"other-Inception{mark}"
-    return "Inception" if VARIANTS[rule] == "adm-tf1" else f"Inception-{VARIANTS[rule]}"
-
-
 def load_inception(options: Options) -> Extractor:
     """The extractor ``inception-2015``. Other weights than the published ones never carry the name FID."""
     rule = options.rule(NAME, VARIANTS)
@@ -256,14 +249,17 @@ def load_inception(options: Options) -> Extractor:
     centre, half = (127.5, 127.5) if rule == "torch-bilinear" else (128.0, 128.0)
     prepare = Preprocess(rule, SIZE, (centre,) * 3, (half,) * 3)
     mark = named(sha256, WEIGHTS)
+    said = "" if VARIANTS[rule] == "adm-tf1" else f"-{VARIANTS[rule]}"
     return Extractor(
         f"{NAME}{mark}",
-        _label(rule, mark),
+        f"other-Inception{said}{mark}" if mark else f"Inception{said}",
         sha256,
         rule,
         lambda pixels: net(prepare(pixels)),
         layers=LAYERS,
         variant=f"{VARIANTS[rule]}{mark}",
+        fid="" if mark else f"FID{said}",
         device=options.device,
         batch=32,
+        part="inception",
     )

@@ -35,3 +35,8 @@ UINT8_RULES = {
         Uint8Rule("half-even", "255 (x + 1) / 2 rounded half to even, clamped to 0..255", lambda x: ((x + 1) / 2 * 255).round()),
     )
 }
+
+
+def rule_of(formula: str) -> Uint8Rule | None:
+    """The rule with this formula, under which a pipeline names its own too."""
+    return next((rule for rule in UINT8_RULES.values() if rule.formula == formula), None)

@@ -31,6 +31,23 @@ def clipped(pixels: Tensor) -> Tensor:
     return ((pixels == 0) | (pixels == 255)).any(dim=1).double().mean(dim=(1, 2))
 
 
+#: What is kept of the pixels themselves, one number for each image.
+PIXEL_COLUMNS: dict[str, Callable[[Tensor], Tensor]] = {
+    PIXEL_LAYER + "saturation": saturation,
+    PIXEL_LAYER + "contrast": contrast,
+    PIXEL_LAYER + "clipped": clipped,
+}
+
+
+def pixel_layers(pixels: Tensor) -> dict[str, Tensor]:
+    """Layers (N, 1) with the numbers of uint8 images (N, 3, H, W), some at a time: the metrics compute in float64."""
+    parts = pixels.split(64)
+    return {
+        name: torch.cat([of(part) for part in parts])[:, None] if len(pixels) else torch.zeros(0, 1)
+        for name, of in PIXEL_COLUMNS.items()
+    }
+
+
 def _register(name: str, variant: str, of_pixels: Callable[[Tensor], Tensor], high: float) -> None:
     def contributions(pair: Pair) -> Tensor:
         pixels, known = pair.fake.pixels, pair.fake.layers.get(PIXEL_LAYER + name)

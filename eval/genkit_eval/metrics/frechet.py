@@ -138,6 +138,6 @@ def _register(name: str, title: str, variant: str, layer: str) -> None:
     )
 
 
-_register("frechet", "FD-{extractor}", "fd/float64", "features")
+_register("frechet", "{fd}", "{fd}", "features")
 # ADM's spatial features: where things are in the image, not only what they are (Nash et al. 2021).
-_register("sfid", "sFD-{extractor}", "sfd/float64", "spatial")
+_register("sfid", "s{fd}", "s{fd}", "spatial")

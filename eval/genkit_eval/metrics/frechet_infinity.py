@@ -69,8 +69,8 @@ def _replicates(pair: Pair, counts: Counts) -> Tensor:
 register(
     Spec(
         name="frechet_infinity",
-        title="FD-{extractor} ∞",
-        variant=f"fd-infinity/{POINTS}x{REPEATS}/seed{SEED}",
+        title="{fd} ∞",
+        variant=f"{{fd}}-infinity/{POINTS}x{REPEATS}/seed{SEED}",
         better="lower",
         source="features",
         value=lambda pair: _found(pair).value,

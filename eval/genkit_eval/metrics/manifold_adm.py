@@ -101,6 +101,7 @@ def _register(name: str, of: Callable[[Pair], Tensor], replicates: Callable[[Pai
             bounds=(0.0, 1.0),
             least=K + 1,
             standard=False,
+            over="adm-tf1",
         )
     )
 

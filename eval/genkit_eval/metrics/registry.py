@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
+from genkit_eval.extractors.base import Extractor
+from genkit_eval.extractors.combined import stored_name
 from genkit_eval.metrics.counts import Counts
 from genkit_eval.metrics.sample import Pair
 
@@ -17,15 +19,17 @@ from genkit_eval.metrics.sample import Pair
 class Spec:
     """What a metric is called, which protocol it follows, and how it is computed.
 
-    ``title`` may hold ``{extractor}``, ``variant`` ``{n_real}`` and ``{n_fake}``: it names the protocol, so that numbers of two
-    protocols never share a name. ``value(pair)`` is the number; ``replicates(pair, counts)`` is (B,) numbers, one for each
-    resample, and equals ``value`` when every image is counted once. ``interval_of`` says in words what the bootstrap resamples or
-    the jackknife leaves out. ``ideal`` is the value for two identical sets, None where there is none.
+    ``title`` may hold ``{extractor}``, the extractor's label, and ``{fd}``, what a Frechet distance over it is called.
+    ``variant`` begins the name of the protocol, see :meth:`protocol`; it may hold ``{fd}``, ``{n_real}`` and ``{n_fake}``.
+    ``value(pair)`` is the number; ``replicates(pair, counts)`` is (B,) numbers, one for each resample, and equals ``value`` when
+    every image is counted once. ``interval_of`` says in words what the bootstrap resamples or the jackknife leaves out. ``ideal``
+    is the value for two identical sets, None where there is none.
 
     ``layer`` is the feature layer it reads and ``beside`` a second one of the generated images. ``reference`` says what it needs
     of the reference: ``features``, ``moments`` (mean and covariance alone, so the count that belongs to the number is that of the
     images behind them), ``train`` (features of the training images) or ``none``. ``least`` is the fewest generated images.
-    ``standard``: computed in every run; others when asked for by name.
+    ``standard``: computed in every run; others when asked for by name. ``over`` is the variant of the extractor that the protocol
+    itself prescribes, so that its name need not be said.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Spec:
     reference: Literal["features", "moments", "train", "none"] = "features"
     least: int = 2
     standard: bool = True
+    over: str = ""
 
     @property
     def over_moments(self) -> bool:
@@ -55,14 +60,33 @@ class Spec:
         layers = (self.layer,) if self.beside is None else (self.layer, self.beside)
         return () if self.source == "pixels" else layers
 
-    def heading(self, extractor: str) -> str:
-        """Title with the extractor's label; the Frechet distance of the 2015 network ("Inception") alone is called FID."""
-        return self.title.format(extractor=extractor).replace("FD-Inception", "FID")
+    def over_part(self, part: str) -> Spec:
+        """The metric over the features of one part of a combined extractor."""
+        return replace(
+            self,
+            name=f"{self.name}@{part}",
+            title=self.title if "{" in self.title else f"{self.title} ({{extractor}})",
+            value=lambda pair: self.value(pair.part(part)),
+            replicates=lambda pair, counts: self.replicates(pair.part(part), counts),
+            layer=stored_name(self.layer, part),
+            beside=None if self.beside is None else stored_name(self.beside, part),
+        )
 
-    def protocol(self, n_real: int, n_fake: int) -> str:
-        """Variant with the counts of images, ``10k`` for 10,000."""
-        shown = (f"{n // 1000}k" if n and n % 1000 == 0 else str(n) for n in (n_real, n_fake))
-        return self.variant.format(**dict(zip(("n_real", "n_fake"), shown, strict=True)))
+    def heading(self, extractor: Extractor) -> str:
+        """Title of a number over this extractor: ``FID``, ``FD-DINOv2``, ``KID-Inception``."""
+        return self.title.format(extractor=extractor.label, fd=extractor.frechet)
+
+    def protocol(self, extractor: Extractor, n_real: int, n_fake: int) -> str:
+        """The whole protocol of a number in one name; numbers of two protocols never share one.
+
+        The metric, its rule, counts of images where these belong to it (``10k`` for 10,000), and last the extractor with its
+        resize rule: ``fid/adm-tf1``, ``fd/dinov2-vit-l-14-edm2``, ``pr/exact/k3/clean``. Without an extractor where the metric
+        reads pixels or prescribes it itself (``pr/adm-fp16/k3/10k-50k``).
+        """
+        real, fake = (f"{n // 1000}k" if n and n % 1000 == 0 else str(n) for n in (n_real, n_fake))
+        kind = "fid" if extractor.fid else "fd"
+        name = self.variant.format(fd=kind, n_real=real, n_fake=fake)
+        return name if self.source == "pixels" or extractor.variant == self.over else f"{name}/{extractor.variant}"
 
 
 METRICS: dict[str, Spec] = {}

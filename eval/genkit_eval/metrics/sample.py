@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from genkit_eval.extractors.combined import own_name
 from genkit_eval.metrics.moments import Moments, moments_of
 
 T = TypeVar("T")
@@ -93,6 +95,25 @@ class Sample(_Cached):
             raise ValueError(f"layer: got {name!r}; this set has {', '.join({**self.layers, **self._moments}) or 'none'}")
         return Sample(self.layers.get(name), self.pixels, self._moments.get(name), labels=self.labels)
 
+    def also(self, name: str) -> Sample:
+        """The same images, whose main layer goes by ``name`` too; metrics of one kind of features ask for them by a name."""
+        if not name or name in self.layers:
+            return self
+        other = copy.copy(self)
+        other.layers = self.layers | ({name: self.layers[MAIN]} if MAIN in self.layers else {})
+        other._moments = self._moments | ({name: self._moments[MAIN]} if MAIN in self._moments else {})
+        return other
+
+    def part(self, name: str) -> Sample:
+        """The same images as one part of a combined extractor sees them: its layers alone, under their own names."""
+        return self.once(("part", name), lambda: self._part(name))
+
+    def _part(self, name: str) -> Sample:
+        layers = {own: x for key, x in self.layers.items() if (own := own_name(key, name))}
+        moments = {own: x for key, x in self._moments.items() if (own := own_name(key, name))}
+        features, main = layers.pop(MAIN, None), moments.pop(MAIN, None)
+        return Sample(features, self.pixels, main, layers=layers, layer_moments=moments, labels=self.labels)
+
     def has_moments(self, layer: str = MAIN) -> bool:
         """Whether mean and covariance of ``layer`` are known or can be taken."""
         return layer in self._moments or layer in self.layers
@@ -136,6 +157,11 @@ class Pair(_Cached):
         if layer == MAIN:
             return self
         return self.once(("layer", layer), lambda: self._of(layer))
+
+    def part(self, name: str) -> Pair:
+        """The pair as one part of a combined extractor sees it; values found for it are kept."""
+        train = None if self.train is None else self.train.part(name)
+        return self.once(("part", name), lambda: Pair(self.real.part(name), self.fake.part(name), train))
 
     def _of(self, layer: str) -> Pair:
         train = self.train.layer(layer) if self.train is not None and layer in self.train.layers else None

@@ -25,17 +25,24 @@ NUM_FEATURES = 10_000
 
 @dataclass(frozen=True)
 class Work:
-    """How features are made: cache folder (None keeps none), images per batch, decoding threads, progress, pinned batches."""
+    """How features are made: cache folder (None keeps none), images per batch, decoding threads, progress, pinned batches.
+
+    With ``spread``, all processes of the command make a share of them; each must ask for the same ones in the same order.
+    """
 
     cache: Path | None = None
     batch: int = 64
     workers: int | None = None
     advance: Callable[[int], object] = lambda n: None
     pin: bool = False
+    spread: bool = False
 
     def features(self, images: Images, extractor: Extractor) -> Features:
         """Features of ``images``, block by block."""
-        return Features(images, extractor, self.cache, self.batch, self.workers, self.advance, self.pin)
+        found = Features(images, extractor, self.cache, self.batch, self.workers, self.advance, self.pin)
+        if self.spread:
+            found.spread()
+        return found
 
 
 def sample_of(total: int, count: int, seed: int = 0) -> list[int]:
@@ -77,7 +84,7 @@ def build(
         mask = torch.tensor([position in wanted for position in rows.positions], dtype=torch.bool)
         for name, values in layers.items():
             moments.setdefault(name, StreamingMoments()).add(values)
-            if name in rows_to_keep(layers, widths, len(images)):
+            if name in rows_to_keep(layers, widths, len(images), {MAIN, *extractor.parts}):
                 kept.setdefault(name, []).append(values[mask])
     found = moments[MAIN].moments().n if MAIN in moments else 0
     if found < 2:

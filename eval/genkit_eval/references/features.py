@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,20 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from genkit_eval.distributed import world
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
 from genkit_eval.files import write_bytes
 from genkit_eval.images import Batch, Images, Problems
-from genkit_eval.metrics import colour
-from genkit_eval.metrics.registry import PIXEL_LAYER
+from genkit_eval.metrics.colour import pixel_layers
 
 BLOCK = 256
-#: What is kept of the pixels themselves, one number for each image.
-PIXEL_COLUMNS: dict[str, Callable[[Tensor], Tensor]] = {
-    PIXEL_LAYER + "saturation": colour.saturation,
-    PIXEL_LAYER + "contrast": colour.contrast,
-    PIXEL_LAYER + "clipped": colour.clipped,
-}
 _POSITIONS = "positions"
 
 
@@ -42,16 +37,49 @@ class Rows:
     problems: Problems = field(default_factory=Problems)
 
 
-def extract(extractor: Extractor, batch: Batch, pin: bool = False) -> Rows:
-    """Features and pixel numbers of a batch; images of different sizes go through the network size by size.
+@dataclass
+class Stack:
+    """Images of one size, ready for the network: which of the batch they are, pixels (n, 3, H, W), and numbers of these."""
+
+    members: list[int]
+    pixels: Tensor
+    numbers: dict[str, Tensor]
+
+
+def stacks_of(batch: Batch, pin: bool) -> list[Stack]:
+    """The images of a batch, size by size; page-locked if ``pin``."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for k, image in enumerate(batch.pixels):
+        shapes.setdefault(tuple(image.shape), []).append(k)
+    found = []
+    for members in shapes.values():
+        pixels = torch.stack([batch.pixels[k] for k in members])
+        found.append(Stack(members, pixels.pin_memory() if pin else pixels, pixel_layers(pixels)))
+    return found
+
+
+def ahead(batches: Iterator[Batch], pin: bool) -> Iterator[tuple[Batch, list[Stack]]]:
+    """Batches with their stacks; while one is in the network, a thread makes the next one ready."""
+
+    def following() -> tuple[Batch, list[Stack]] | None:
+        batch = next(batches, None)
+        return None if batch is None else (batch, stacks_of(batch, pin))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="stack") as pool:
+        coming = pool.submit(following)
+        while (found := coming.result()) is not None:
+            coming = pool.submit(following)
+            yield found
+
+
+def extract(extractor: Extractor, batch: Batch, stacks: Sequence[Stack]) -> Rows:
+    """Features and pixel numbers of a batch.
 
     Raises InputError for images that the extractor does not take and for features that are not finite.
     """
     rows = Rows({}, list(batch.positions), batch.problems)
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for k, image in enumerate(batch.pixels):
-        shapes.setdefault(tuple(image.shape), []).append(k)
-    for shape, members in shapes.items():
+    for stack in stacks:
+        shape = tuple(stack.pixels.shape[1:])
         if extractor.image_shape is not None and shape != tuple(extractor.image_shape):
             got, wanted = ("x".join(map(str, s)) for s in (shape, extractor.image_shape))
             raise InputError(
@@ -59,13 +87,10 @@ def extract(extractor: Extractor, batch: Batch, pin: bool = False) -> Rows:
                 f"extractor {extractor.name} takes images of {wanted} and these are {got}; "
                 f"--size {extractor.image_shape[-1]} brings them there",
             )
-        pixels = torch.stack([batch.pixels[k] for k in members])
-        found = extractor(pixels.pin_memory() if pin else pixels)
-        found |= {name: of_pixels(pixels)[:, None] for name, of_pixels in PIXEL_COLUMNS.items()}
-        for name, values in found.items():
+        for name, values in (extractor(stack.pixels) | stack.numbers).items():
             if name not in rows.layers:
                 rows.layers[name] = values.new_empty((len(batch.pixels), *values.shape[1:]))
-            rows.layers[name][members] = values
+            rows.layers[name][stack.members] = values
     _check_finite(rows, extractor)
     return rows
 
@@ -174,37 +199,72 @@ class Features:
         self.batch = 1 << (min(max(batch, 1), BLOCK).bit_length() - 1)
         self.cache = FeatureCache(cache, key_of(images, extractor) if cache is not None else "")
         self.problems = Problems()
-        self.keep = True
+        self.keep: bool | None = None
+
+    @property
+    def blocks(self) -> dict[int, range]:
+        """Positions of the images of each block."""
+        total = len(self.images)
+        return dict(enumerate(range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK)))
 
     def __iter__(self) -> Iterator[Rows]:
         """Rows of each block. InputError when more files are unreadable than ``images.max_errors``."""
         self.problems = Problems()
-        total = len(self.images)
-        blocks = [range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK)]
-        known = {index for index in range(len(blocks)) if self.cache.has(index)}
-        missing = [position for index, block in enumerate(blocks) if index not in known for position in block]
-        coming = self.images.batches(self.batch, missing, self.workers) if missing else iter(())
-        for index, block in enumerate(blocks):
+        for rows in self._rows(self.blocks):
+            self.problems.add(rows.problems)
+            self.problems.check(self.images.max_errors, self.images.option)
+            yield rows
+
+    def _rows(self, blocks: dict[int, range]) -> Iterator[Rows]:
+        known = {index for index in blocks if self.cache.has(index)}
+        missing = [position for index, block in blocks.items() if index not in known for position in block]
+        coming = ahead(self.images.batches(self.batch, missing, self.workers), self.pin) if missing else iter(())
+        for index, block in blocks.items():
             if index in known:
                 rows = self.cache.read(index)
                 self.advance(len(block))
             else:
                 rows = self._make(index, block, coming)
-            self.problems.add(rows.problems)
-            self.problems.check(self.images.max_errors, self.images.option)
             yield rows
 
-    def _make(self, index: int, block: range, coming: Iterator[Batch]) -> Rows:
+    def spread(self) -> None:
+        """Put this process's share of the blocks into the cache; the first one waits until all have done so.
+
+        What it does not find there afterwards, it makes itself: blocks with unreadable files, which are not kept, and all that
+        machines with another cache folder have made. InputError without a cache.
+        """
+        if world().size == 1:
+            return
+        if self.cache.folder is None:
+            raise InputError("--no-cache", "several processes exchange features through the cache; leave it out")
+        start, advance = world().images, self.advance
+        world().follow()
+        moved = 0
+
+        def show(more: int = 0) -> None:
+            nonlocal moved
+            world().advance(more)
+            advance(world().images - start - moved)
+            moved = world().images - start
+
+        self.advance = show
+        for _ in self._rows({index: block for index, block in self.blocks.items() if world().mine(index)}):
+            pass
+        world().gather(show)
+        self.advance = lambda n: None
+
+    def _make(self, index: int, block: range, coming: Iterator[tuple[Batch, list[Stack]]]) -> Rows:
         parts, asked = list[Rows](), 0
         while asked < len(block):
-            batch = next(coming)
+            batch, stacks = next(coming)
             asked += batch.asked
-            parts.append(extract(self.extractor, batch, self.pin))
+            parts.append(extract(self.extractor, batch, stacks))
             self.advance(batch.asked)
         rows = _join(parts)
-        if index == 0 and not self.cache.room_for(rows, len(self.images)):
+        if self.keep is None and not self.cache.room_for(rows, len(self.images)):
             print(f"note: no room in {self.cache.folder} for features of {len(self.images):,} images; none kept", file=sys.stderr)
             self.keep = False
-        if self.keep:
+        if self.keep is not False:
+            self.keep = True
             self.cache.write(index, rows)
         return rows

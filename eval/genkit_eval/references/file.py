@@ -152,6 +152,6 @@ def write_npz(path: Path, contents: Contents) -> None:
     write_atomically(path, write, temporary_beside(path))
 
 
-def rows_to_keep(names: Iterable[str], widths: dict[str, int], total: int) -> set[str]:
-    """Layers whose features are stored: the main one, and those with fewer images than columns, where moments are not exact."""
-    return {name for name in names if name == MAIN or total <= widths[name]}
+def rows_to_keep(names: Iterable[str], widths: dict[str, int], total: int, mains: Iterable[str] = (MAIN,)) -> set[str]:
+    """Layers whose features are stored: main ones, and those with fewer images than columns, where moments are not exact."""
+    return {name for name in names if name in mains or total <= widths[name]}

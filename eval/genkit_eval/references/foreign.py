@@ -118,7 +118,8 @@ def read_pkl(path: Path, option: str, entry: str | None = None) -> Contents:
 
 def entry_for(extractor: str) -> str | None:
     """The entry of an EDM2 pkl that was made with the network of this name; None leaves the choice to the file."""
-    return "fd_dinov2" if extractor.startswith("dinov2") else None
+    known = {"inception": "fid", "dinov2": "fd_dinov2"}
+    return next((entry for start, entry in known.items() if extractor.startswith(start)), None)
 
 
 def read_pt(path: Path, option: str) -> Contents:

@@ -11,6 +11,7 @@ import torch
 
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
+from genkit_eval.extractors.combined import stored_name
 from genkit_eval.extractors.weights import sha256_of
 from genkit_eval.images import Images
 from genkit_eval.images.arrays import Arrays
@@ -74,10 +75,11 @@ def read_contents(path: Path, option: str = OPTION, entry: str | None = None) ->
 def check(path: Path, contents: Contents, extractor: Extractor) -> None:
     """InputError when the reference is of another extractor or resize rule (both are named), or its numbers cannot be used."""
     made, sha = contents.about.get("extractor", "an unknown one"), contents.about.get("extractor_sha256")
-    if sha is not None and sha != extractor.sha256:
+    first = extractor.parts.get(extractor.part, extractor)  # a reference of the first network alone serves its metrics
+    if sha not in (None, extractor.sha256, first.sha256):
         raise InputError(
             OPTION,
-            f"{path} was made with extractor {made} ({sha[:12]}), but {extractor.name} is {extractor.sha256[:12]}; "
+            f"{path} was made with extractor {made} ({str(sha)[:12]}), but {extractor.name} is {extractor.sha256[:12]}; "
             "use one of both",
         )
     theirs, ours = contents.about.get("resize", ""), extractor.resize
@@ -106,6 +108,20 @@ def with_image_features(path: Path, contents: Contents, extractor: Extractor, wo
         return contents
     rows = features_of(Images(Arrays(path, OPTION), option=OPTION), extractor, work)
     layers = contents.layers | {MAIN: Layer(contents.layers[MAIN].moments, rows)}
+    return dataclasses.replace(contents, layers=layers)
+
+
+def with_parts(path: Path, contents: Contents, extractor: Extractor) -> Contents:
+    """EDM2's pkl has an entry for each network; a combined extractor takes its own. InputError where one is not there."""
+    if path.suffix != ".pkl":
+        return contents
+    layers = dict(contents.layers)
+    for name, part in extractor.parts.items():
+        entry = entry_for(part.name)
+        if name != extractor.part and entry is not None:
+            found = read_contents(path, entry=entry)
+            check(path, found, part)
+            layers |= {stored_name(layer, name): values for layer, values in found.layers.items()}
     return dataclasses.replace(contents, layers=layers)
 
 
@@ -168,6 +184,7 @@ def load_reference(
     if sha256 is not None and digest != sha256:
         raise InputError(OPTION, f"{path} has SHA-256 {digest} and not {sha256}: it is another file than the one asked for")
     check(path, contents, extractor)
+    contents = with_parts(path, contents, extractor)
     contents = with_image_features(path, contents, extractor, work or Work())
     name = extractor.name if path == extractor.reference else str(path)
     dataset = contents.about.get("dataset", "unknown")

@@ -9,19 +9,35 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-COLUMNS, SCALE, GAP = 10, 2, 2
+COLUMNS, ROWS, GAP = 10, 10, 2
+#: Sides in pixels: images are doubled up to the first, and made smaller down to the second. Letters of a name.
+DOUBLED, LARGEST, LETTERS = 64, 128, 24
 PAPER, INK = (255, 255, 255), (60, 60, 60)
 
 
-def _tile(pixels: Tensor, scale: int) -> Image.Image:
+def _size(height: int, width: int, scale: int | None) -> tuple[int, int]:
+    """Height and width as shown."""
+    longest = max(height, width)
+    if scale is None and longest > LARGEST:
+        return max(1, height * LARGEST // longest), max(1, width * LARGEST // longest)
+    factor = scale or (2 if longest <= DOUBLED else 1)
+    return height * factor, width * factor
+
+
+def _tile(pixels: Tensor, size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    smaller = size[0] < image.height
+    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)
 
 
-def labelled_rows(rows: Sequence[tuple[str, Tensor]], scale: int = SCALE) -> Image.Image:
-    """Rows of images (n, 3, H, W) uint8, its name on the left of each; enlarged ``scale`` times without smoothing."""
-    first = rows[0][1]
-    height, width = (int(size) * scale + GAP for size in first.shape[-2:])
+def labelled_rows(rows: Sequence[tuple[str, Tensor]], scale: int | None = None) -> Image.Image:
+    """Rows of images (n, 3, H, W) uint8, its name on the left of each.
+
+    Enlarged ``scale`` times without smoothing; by default small ones are doubled and large ones made smaller.
+    """
+    rows = [(name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…", images) for name, images in rows]
+    shown = _size(int(rows[0][1].shape[-2]), int(rows[0][1].shape[-1]), scale)
+    height, width = (size + GAP for size in shown)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = max(int(probe.textlength(name)) for name, _ in rows) + 8
     columns = max(len(images) for _, images in rows)
@@ -30,15 +46,24 @@ def labelled_rows(rows: Sequence[tuple[str, Tensor]], scale: int = SCALE) -> Ima
     for r, (name, images) in enumerate(rows):
         draw.text((margin - 6, r * height + height // 2), name, fill=INK, anchor="rm")
         for c, pixels in enumerate(images):
-            sheet.paste(_tile(pixels, scale), (margin + c * width, r * height))
+            sheet.paste(_tile(pixels, shown), (margin + c * width, r * height))
     return sheet
 
 
 def class_grid(pixels: Tensor, labels: Sequence[int], class_names: Sequence[str], columns: int = COLUMNS) -> Image.Image:
-    """The first ``columns`` images of each class that occurs, one class to a row, in index order."""
-    known = torch.tensor(list(labels))
-    rows = [(name, pixels[(known == c).nonzero().flatten()[:columns]]) for c, name in enumerate(class_names)]
-    return labelled_rows([(name, images) for name, images in rows if len(images)])
+    """The first ``columns`` images of each class that occurs, one class to a row, in index order.
+
+    ``labels`` may go on beyond the images. Of more than ``ROWS`` classes those with most images are shown; where none has
+    several, images as they come.
+    """
+    known = torch.tensor(list(labels)[: len(pixels)])
+    counts = torch.bincount(known, minlength=len(class_names))
+    found = counts.argsort(descending=True, stable=True)[:ROWS].sort().values.tolist()
+    if len(class_names) > ROWS and int(counts.max()) < 2:
+        parts = pixels[: ROWS * columns].split(columns)
+        return labelled_rows([(f"{k * columns}", images) for k, images in enumerate(parts)])
+    rows = [(class_names[c], pixels[(known == c).nonzero().flatten()[:columns]]) for c in found if counts[c]]
+    return labelled_rows(rows)
 
 
 def same_seeds(named: Sequence[tuple[str, Tensor]], columns: int = COLUMNS) -> Image.Image:

@@ -11,10 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
 
+from genkit_eval.pareto import COSTS, better_of, front, title_of
+
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
 
 MARKERS = "osD^vPX*"
+#: Guidances beyond which plots and pictures show the best alone.
+MANY = 12
 
 
 def colour(index: int) -> str:
@@ -39,32 +43,50 @@ def _plain(ax: Axes) -> None:
 
 
 def against(entries: list[dict[str, Any]], across: str, up: str) -> bytes:
-    """Scatter of metric ``up`` over metric ``across`` ("nfe" for evaluations), with 95 % bars and one marker per guidance."""
-    figure = Figure(figsize=(6.2, 4.0 + 0.08 * max(0, len(entries) - 5)), layout="constrained")  # room for the legend
+    """Scatter of metric ``up`` over metric ``across`` ("nfe" for evaluations), with 95 % bars and the Pareto front drawn.
+
+    One marker per guidance; of more than ``MANY`` only those on the front have bars and stand in the legend.
+    """
+    on = front(entries, (across, up))
+    named = [whole or len(entries) <= MANY for whole in on]
+    figure = Figure(figsize=(6.2, 4.0 + 0.08 * max(0, sum(named) - 5)), layout="constrained")  # room for the legend
     ax = figure.subplots()
+    _draw_front(ax, [entry for entry, best in zip(entries, on, strict=True) if best], across, up)
     for index, entry in enumerate(entries):
         x, x_bar = _point(entry, across)
         y, y_bar = _point(entry, up)
-        style = {"fmt": marker(index), "color": colour(index), "label": entry["label"]}
-        ax.errorbar([x], [y], xerr=x_bar, yerr=y_bar, ms=7, capsize=3, lw=1.2, **style)
+        style: dict[str, Any] = {"fmt": marker(index), "color": colour(index)}
+        if named[index]:
+            ax.errorbar([x], [y], xerr=x_bar, yerr=y_bar, ms=7, capsize=3, lw=1.2, label=entry["label"], **style)
+        else:
+            ax.errorbar([x], [y], ms=4, alpha=0.45, **style)
     ax.set_xlabel(_title(entries, across))
     ax.set_ylabel(_title(entries, up))
     _plain(ax)
     ax.margins(0.12)
-    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1 if len(entries) < 4 else 2)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1 if sum(named) < 4 else 2)
     return _png(figure)
 
 
+def _draw_front(ax: Axes, best: list[dict[str, Any]], across: str, up: str) -> None:
+    """The border of what is reached: between two entries of the front, the better of both that reaches as far."""
+    if len(best) < 2:
+        return
+    points = sorted((_point(entry, across)[0], _point(entry, up)[0]) for entry in best)
+    style = "steps-post" if better_of(best, across) == "lower" else "steps-pre"
+    ax.plot(*zip(*points, strict=True), drawstyle=style, color="0.6", lw=1.0, ls="--", zorder=0)
+
+
 def _point(entry: dict[str, Any], name: str) -> tuple[float, list[list[float]] | None]:
-    if name == "nfe":
-        return entry["cost"]["nfe_mean"], None
+    if name in COSTS:
+        return entry["cost"][COSTS[name][0]], None
     metric = entry["metrics"][name]
     value, limits = metric["value"], metric["interval"]
     return value, None if limits is None else [[max(value - limits[0], 0.0)], [max(limits[1] - value, 0.0)]]
 
 
 def _title(entries: list[dict[str, Any]], name: str) -> str:
-    return "network evaluations per image (NFE)" if name == "nfe" else str(entries[0]["metrics"][name]["title"])
+    return "network evaluations per image (NFE)" if name == "nfe" else title_of(entries, name)
 
 
 def distributions(samples: dict[str, list[float]], axis: str, marks: Sequence[float] = ()) -> bytes:
@@ -93,11 +115,12 @@ TRACED = {
 }
 
 
-def traces(entries: list[dict[str, Any]]) -> bytes | None:
-    """Weight, cosine and rows over sigma for the first block of each guidance; None when nothing was traced.
+def traces(entries: list[dict[str, Any]], shown: Sequence[bool]) -> bytes | None:
+    """Weight, cosine and rows over sigma for the first block of each guidance ``shown``; None when nothing was traced.
 
     Over the steps where there are no noise levels, as with tokens.
     """
+    lines = [(number, entry) for number, (entry, draw) in enumerate(zip(entries, shown, strict=True)) if draw]
     along = "sigma" if any(row.get("sigma") for entry in entries for row in entry["trace"]) else "step"
     quantities = [q for q in TRACED if any(_series(entry, q, along)[0] for entry in entries)]
     if not quantities:
@@ -105,20 +128,20 @@ def traces(entries: list[dict[str, Any]]) -> bytes | None:
     figure = Figure(figsize=(6.2, 2.3 * len(quantities)), layout="constrained")
     axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
     for ax, quantity in zip(axes, quantities, strict=True):
-        for index, entry in enumerate(entries):
+        for index, entry in lines:
             places, values = _series(entry, quantity, along)
             # Thinner towards the last, so that lines which coincide stay visible.
             width = max(1.0, 4.0 - 0.7 * index)
             style = "default" if quantity == "cosine" else "steps-mid"
-            shown = {"marker": marker(index), "color": colour(index), "label": entry["label"], "drawstyle": style}
-            ax.plot(places, values, ms=3, lw=width, alpha=0.85, **shown)
+            look: dict[str, Any] = {"marker": marker(index), "color": colour(index), "drawstyle": style}
+            ax.plot(places, values, ms=3, lw=width, alpha=0.85, label=entry["label"], **look)
         ax.set_ylabel(TRACED[quantity], fontsize=9)
         ax.set_xscale("log" if along == "sigma" else "linear")
         _plain(ax)
     if along == "sigma":
         axes[0].invert_xaxis()
     axes[-1].set_xlabel("sigma (noise level; sampling runs from left to right)" if along == "sigma" else "step")
-    axes[-1].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=1 if len(entries) < 4 else 2)
+    axes[-1].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=1 if len(lines) < 4 else 2)
     return _png(figure)
 
 
