@@ -1,12 +1,13 @@
-"""Time and memory of the metrics beside what others do, on features like those of Inception: 2048 columns, rectified.
+"""Time and memory of genkit-eval beside its peers, which run in a virtual environment of their own as in eval_parity.py.
 
-    python benchmarks/eval_speed.py [--threads 2] [--large] [--out docs/runs/eval_speed.json]
+    python benchmarks/eval_speed.py [--threads 2] [--large] [--venv DIR] [--out docs/runs/eval_speed.json]
 
-Frechet distance from two sets of statistics: Cholesky and eigenvalues against scipy's matrix square root (pytorch-fid,
-clean-fid, EDM2). Neighbours: precision, recall, density and coverage from float32 tiles against precision and recall from three
-whole matrices of torch.cdist (torch-fidelity); ``--large`` also at 50,000 images, where those matrices are 28 GiB. Every
-measurement is a process of its own; kinds alternate, and the best of the repeats counts. Seconds of CPU are the steadier number
-on a machine that does other things. Fails where a target is missed.
+Frechet distance from two sets of statistics of 2048 columns: Cholesky and eigenvalues against scipy's matrix square root as
+pytorch-fid calls it. Neighbours: precision, recall, density and coverage from tiles against torch-fidelity's precision and recall
+from whole matrices of distances; ``--large`` also at 50,000 images, where its matrices are 28 GiB and it runs with save_cpu_ram.
+Extraction: resize and network on images of 256 pixels, with seeded random weights. Every measurement is a process of its own;
+kinds alternate, and the best of the repeats counts. Seconds of CPU are the steadier number on a machine that does other things.
+Exits with an error where a target is missed.
 """
 
 from __future__ import annotations
@@ -16,56 +17,32 @@ import json
 import os
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from eval_parity import EXTRACTOR, SEED, random_state
+from eval_peers import KINDS as PEER_KINDS
+from eval_peers import WIDTH, Peers, environment, features, measured, pictures
+from genkit_eval.extractors import load_extractor
 from genkit_eval.metrics import METRICS, Pair, Sample
 from genkit_eval.metrics.frechet import frechet_distance
-from genkit_eval.metrics.moments import Moments, moments_of
+from genkit_eval.metrics.moments import moments_of
 from record import save
-from torch import Tensor
 
-WIDTH, K = 2048, 3
 FOUR = ("precision", "recall", "density", "coverage")
+LARGE = 50_000
 
 
-def features(n: int, seed: int) -> Tensor:
-    """Rectified (N, 2048) float32 with correlated columns and a mean squared length of 100."""
-    g = torch.Generator().manual_seed(seed)
-    turn = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
-    scale = torch.linspace(2, 0.05, WIDTH)
-    x = torch.empty(n, WIDTH)
-    for part in x.split(1024):  # no more memory than the result
-        part.copy_((torch.randn(len(part), WIDTH, generator=g) * scale) @ turn + 0.02 * seed).relu_()
-    return x.mul_((100 / (x.square().sum(dim=1).mean())) ** 0.5)
-
-
-def statistics(n: int) -> tuple[Moments, Moments]:
-    return moments_of(features(n, 1)), moments_of(features(n, 2))
-
-
-def own_frechet(n: int) -> Callable[[], Any]:
-    first, second = statistics(n)
+def own_frechet(n: int, weights: str) -> Callable[[], Any]:
+    first, second = (moments_of(features(n, seed)) for seed in (1, 2))
     return lambda: frechet_distance(first, second)
 
 
-def scipy_frechet(n: int) -> Callable[[], Any]:
-    from scipy import linalg
-
-    first, second = statistics(n)
-    (m1, s1), (m2, s2) = ((m.mean.numpy(), m.cov.numpy()) for m in (first, second))
-
-    def run() -> float:
-        root = linalg.sqrtm(s1 @ s2).real.trace()
-        return float(((m1 - m2) ** 2).sum() + s1.trace() + s2.trace() - 2 * root)
-
-    return run
-
-
-def own_neighbours(n: int) -> Callable[[], Any]:
+def own_neighbours(n: int, weights: str) -> Callable[[], Any]:
     real, fake = features(n, 1), features(n, 2)
 
     def run() -> dict[str, float]:
@@ -75,108 +52,119 @@ def own_neighbours(n: int) -> Callable[[], Any]:
     return run
 
 
-def cdist_neighbours(n: int) -> Callable[[], Any]:
-    """Precision and recall alone, as torch-fidelity takes them: whole matrices, the k-th value of each line."""
-    real, fake = features(n, 1), features(n, 2)
-
-    def run() -> dict[str, float]:
-        real_radii, fake_radii = (torch.cdist(x, x).kthvalue(K + 1).values for x in (real, fake))
-        distances = torch.cdist(fake, real)
-        precision = (distances <= real_radii).any(dim=1).double().mean()
-        recall = (fake_radii >= distances.T).any(dim=1).double().mean()
-        return {"precision": float(precision), "recall": float(recall)}
-
-    return run
+def own_extraction(n: int, weights: str) -> Callable[[], Any]:
+    extractor = load_extractor(EXTRACTOR, weights=Path(weights), any_weights=True)
+    pixels = pictures(n)
+    return lambda: float(extractor(pixels)["features"].double().square().mean())
 
 
-KINDS: dict[str, Callable[[int], Callable[[], Any]]] = {
+OWN_KINDS: dict[str, Callable[[int, str], Callable[[], Any]]] = {
     "frechet, genkit": own_frechet,
-    "frechet, scipy sqrtm": scipy_frechet,
     "neighbours, genkit (4 metrics)": own_neighbours,
-    "neighbours, cdist (2 metrics)": cdist_neighbours,
+    "extraction, genkit": own_extraction,
 }
+FRECHET = ("frechet, genkit", "frechet, pytorch-fid (scipy sqrtm)")
+NEIGHBOURS = ("neighbours, genkit (4 metrics)", "neighbours, torch-fidelity (2 metrics)")
+SPARING = (NEIGHBOURS[0], "neighbours, torch-fidelity save_cpu_ram (2 metrics)")
+EXTRACTION = ("extraction, genkit", "extraction, torch-fidelity")
+PARTS = {"frechet": FRECHET, "neighbours": NEIGHBOURS, "extraction": EXTRACTION}
 
 
-def peak() -> float:
-    """Largest resident memory since it was last forgotten, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+@dataclass(frozen=True)
+class Bench:
+    """Where the peers are, the weights file, and threads of each measurement."""
+
+    peers: Peers
+    weights: str
+    threads: int
+
+    def one(self, kind: str, n: int) -> dict[str, Any]:
+        """Measured once, in a process of its own."""
+        if kind in PEER_KINDS:
+            return self.peers.ask("measure", threads=self.threads, kind=kind, n=n, weights=self.weights)
+        command = [sys.executable, __file__, "--one", kind, self.weights, str(n), str(self.threads)]
+        # Threads that wait do not count as seconds of CPU.
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return found
+
+    def measure(self, kinds: tuple[str, ...], n: int, repeats: int) -> dict[str, dict[str, Any]]:
+        """Best of each kind, in alternation; kinds of peers that are not installed are left out."""
+        here = [kind for kind in kinds if not any(peer in kind for peer in self.peers.lacking)]
+        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in here}
+        for _ in range(repeats):
+            for kind in here:
+                found[kind].append(self.one(kind, n))
+        best = {}
+        for kind, runs in found.items():
+            row = {"value": runs[0]["value"], **{key: min(r[key] for r in runs) for key in ("wall_s", "cpu_s")}}
+            best[kind] = row = {**row, "extra_mib": max(r["extra_mib"] for r in runs)}
+            took = f"{row['wall_s']:8.2f} s  {row['cpu_s']:8.2f} CPU s  {row['extra_mib']:7.0f} MiB"
+            print(f"{n:6d}  {kind:52s} {took}  {row['value']}", flush=True)
+        return best
 
 
-def one(kind: str, n: int) -> dict[str, Any]:
-    """Measure in this process: inputs are made before, and memory is what is taken above them."""
-    run = KINDS[kind](n)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, wall, cpu = peak(), time.perf_counter(), time.process_time()
-    value = run()
-    took = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "extra_mib": peak() - before}
-    return {"value": value, **took}
-
-
-def measure(kinds: list[str], n: int, repeats: int, threads: int) -> dict[str, dict[str, Any]]:
-    """Best of each kind, in alternation."""
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-    for _ in range(repeats):
-        for kind in kinds:
-            command = [sys.executable, __file__, "--one", kind, "--images", str(n), "--threads", str(threads)]
-            # Threads that wait do not count as seconds of CPU.
-            passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=passive).stdout
-            found[kind].append(json.loads(out.splitlines()[-1]))
-    best = {}
-    for kind, runs in found.items():
-        best[kind] = {"value": runs[0]["value"], **{key: min(r[key] for r in runs) for key in ("wall_s", "cpu_s")}}
-        best[kind]["extra_mib"] = max(r["extra_mib"] for r in runs)
-        row = best[kind]
-        print(
-            f"{n:6d}  {kind:32s} {row['wall_s']:8.2f} s  {row['cpu_s']:8.2f} CPU s  {row['extra_mib']:7.0f} MiB  {row['value']}"
-        )
-    return best
-
-
-def missed(frechet: dict[str, Any], near: dict[str, Any], large: dict[str, Any]) -> list[str]:
+def missed(found: dict[str, dict[str, Any]]) -> list[str]:
     """Targets that do not hold."""
-    own, peer = frechet["frechet, genkit"], frechet.get("frechet, scipy sqrtm")
-    four, two = near["neighbours, genkit (4 metrics)"], near["neighbours, cdist (2 metrics)"]
-    checks = {
-        "neighbours at 10,000 in 0.3 GiB": four["extra_mib"] <= 0.3 * 1024,
-        "four metrics no slower than cdist's two": four["cpu_s"] <= two["cpu_s"],
-    }
-    if peer is not None:
+    checks = {}
+    for part, size, most in (("neighbours", "10,000", 0.3), ("neighbours_50k", "50,000", 1)):
+        row = found[part].get(NEIGHBOURS[0])
+        checks[f"neighbours at {size} in {most:g} GiB"] = row is None or row["extra_mib"] <= most * 1024
+
+    def pair(part: str, kinds: tuple[str, str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        rows = found[part]
+        return (rows[kinds[0]], rows[kinds[1]]) if kinds[1] in rows else None
+
+    if both := pair("frechet", FRECHET):
+        own, peer = both
         checks["Frechet distance 5 times as fast as sqrtm"] = peer["cpu_s"] >= 5 * own["cpu_s"]
         checks["Frechet distance equal to 1e-9"] = abs(own["value"] - peer["value"]) <= 1e-9 * peer["value"]
-    for row in large.values():
-        checks["neighbours at 50,000 in 1 GiB"] = row["extra_mib"] <= 1024
+    if both := pair("neighbours", NEIGHBOURS):
+        own, peer = both
+        checks["four metrics no slower than torch-fidelity's two"] = own["cpu_s"] <= peer["cpu_s"]
+        names = ("precision", "recall")
+        checks["precision and recall as torch-fidelity's"] = all(abs(own["value"][k] - peer["value"][k]) < 1e-6 for k in names)
+    if both := pair("extraction", EXTRACTION):
+        own, peer = both
+        checks["extraction 1.3 times as fast as torch-fidelity's"] = peer["cpu_s"] >= 1.3 * own["cpu_s"]
+        checks["the same features"] = abs(own["value"] / peer["value"] - 1) <= 1e-4
     return [name for name, held in checks.items() if not held]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000, help="rows of features")
+    parser.add_argument("--pictures", type=int, default=128, help="images through the network")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--large", action="store_true", help="also 50,000 images (minutes)")
+    parser.add_argument("--large", action="store_true", help="also 50,000 rows (minutes)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all")
+    parser.add_argument("--venv", type=Path, help="folder of the peers' environment, made if new; default a temporary one")
     parser.add_argument("--out", default="")
-    parser.add_argument("--one", choices=list(KINDS), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("KIND", "WEIGHTS", "N", "THREADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     if args.one:
-        print(json.dumps(one(args.one, args.images)))
+        kind, weights, n, threads = args.one
+        torch.set_num_threads(int(threads))
+        print(json.dumps(measured(OWN_KINDS[kind](int(n), weights))))
         return
-    try:
-        from scipy import linalg  # noqa: F401
-
-        peers = ["frechet, scipy sqrtm"]
-    except ImportError:
-        peers = []
-    frechet = measure(["frechet, genkit", *peers], args.images, args.repeats, args.threads)
-    near = measure(list(KINDS)[2:], args.images, args.repeats, args.threads)
-    large = measure(["neighbours, genkit (4 metrics)"], 50_000, 1, args.threads) if args.large else {}
-    failed = missed(frechet, near, large)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = Path(temporary) / "weights.pth"
+        torch.save(random_state(SEED), weights)
+        bench = Bench(environment(args.venv or Path(temporary) / "venv"), str(weights), args.threads)
+        found = {part: dict[str, Any]() for part in (*PARTS, "neighbours_50k")}
+        for part in args.parts:
+            n = args.pictures if part == "extraction" else args.images
+            found[part] = bench.measure(PARTS[part], n, args.repeats)
+        if args.large:
+            found["neighbours_50k"] = bench.measure(SPARING, LARGE, 1)
+    failed = missed(found)
     if args.out:
-        sizes = {"columns": WIDTH, "images": args.images, "threads": args.threads, "repeats": args.repeats}
-        result = {"frechet": frechet, "neighbours": near, "neighbours_50k": large, "missed": failed}
-        save(args.out, "benchmarks/eval_speed.py" + (" --large" if args.large else ""), {**sizes, **result})
+        sizes = {"columns": WIDTH, "images": args.images, "pictures": args.pictures, "threads": args.threads}
+        about = {"peers": bench.peers.versions, "not_installed": list(bench.peers.lacking), **sizes, "repeats": args.repeats}
+        save(args.out, "benchmarks/eval_speed.py" + (" --large" if args.large else ""), {**about, **found, "missed": failed})
     if failed:
         raise SystemExit(f"missed: {'; '.join(failed)}")
 

@@ -146,10 +146,58 @@ def minority() -> str:
     return "\n".join(lines)
 
 
+#: Files of the autoregressive models: what each is, and the recipe's module with what it is made from.
+PIECES = {
+    "tokenizer": ("tokenizer: SimVQ, 8 x 8 tokens", "tokenizer --quantizer simvq"),
+    "next_token": ("next-token model, a LlamaGen", "next_token --tokenizer tokenizer.safetensors"),
+    "drafter": ("its drafter, an EAGLE head", "drafter --model next_token.safetensors --tokenizer tokenizer.safetensors"),
+    "next_token_cca": ("its twin that needs no guidance", "cca --model next_token.safetensors --tokenizer tokenizer.safetensors"),
+    "tokenizer_multiscale": ("tokenizer: residual, scales of 1, 2, 3, 5 and 8", "tokenizer --quantizer multiscale"),
+    "next_scale": ("next-scale model, a VAR", "next_scale --tokenizer tokenizer_multiscale.safetensors"),
+}
+
+
+def autoregressive() -> str:
+    """One row and one command for each file."""
+    head = ["| file | what | weights | network | training | measured |", "|---|---|---:|---|---|---|"]
+    lines, commands, hardware = [], [], ""
+    for name, (what, command) in PIECES.items():
+        about, count, size = read(f"{name}.safetensors")
+        n, r = about["network"], about["recipe"]
+        if "channels" in n:
+            network = f"{n['channels']} channels, {n['size']:,} codes of {n['dim']} numbers"
+        else:
+            depth = n.get("layers", n.get("depth", 1))
+            network = f"{depth} layer{'s' * (depth > 1)}, width {n['width']}, {n['heads']} heads"
+        minutes = about["seconds"] / 60
+        training = f"{about['images']:,} images, batch {r['batch']}, AdamW, lr {r['lr']:g}, {minutes:.0f} min"
+        if "beta" in r:
+            training += f", beta {r['beta']:g}, lambda {r['lam']:g}"
+        weights = f"{count / 1e6:.2f} M, {size:.1f} MB"
+        lines.append(f"| `{name}.safetensors` | {what} | {weights} | {network} | {training} | {_measured(about)} |")
+        more = f"--images {r['images']} --data cifar10_jpeg.npz --export {name}.safetensors"
+        commands.append(f"python -m genkit.training.{command} {more}")
+        hardware = about["hardware"]
+    text = (
+        "`builtin/cifar10-next-token`, `builtin/cifar10-next-token-cca` and `builtin/cifar10-next-scale`; half precision; "
+        "CIFAR-10 (JPEG copy), 50,000 training images, horizontal flips, labels dropped, averaged weights. Trained on "
+        f"{hardware}; minutes are of wall time in the training loop, on a machine that did other things too. Images made with "
+        "them are measured in `docs/results.md`."
+    )
+    return "\n".join(["## Autoregressive models", "", text, "", *head, *lines, "", "```", *commands, "```"])
+
+
+def _measured(about: dict[str, Any]) -> str:
+    """What the header says of images that were not trained on."""
+    if "psnr" not in (test := about.get("test", {})):
+        return ""
+    return f"test images: {test['psnr']:.1f} dB PSNR, {test['usage']:.1%} of the codes used, perplexity {test['perplexity']:.0f}"
+
+
 def main() -> None:
     card = ASSETS / "README.md"
     text = card.read_text()
-    block = f"{MARKS[0]}\n{section()}\n\n{classifier()}\n\n{minority()}\n{MARKS[1]}"
+    block = f"{MARKS[0]}\n{section()}\n\n{classifier()}\n\n{minority()}\n\n{autoregressive()}\n{MARKS[1]}"
     found = re.search(f"{MARKS[0]}.*?{MARKS[1]}", text, re.DOTALL)
     card.write_text(text.replace(found.group(0), block) if found else f"{text.rstrip()}\n\n{block}\n")
 

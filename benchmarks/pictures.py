@@ -1,12 +1,13 @@
-"""The pictures of README and docs: ten samples of each class of the built-in model, and every guidance on the same seeds.
+"""The pictures of README and docs: ten samples of each class of a built-in model, and every guidance on the same seeds.
 
-python benchmarks/pictures.py [--guidance "CFG(2.0)"] [--methods]
+python benchmarks/pictures.py [--model builtin/cifar10] [--guidance "CFG(2.0)"] [--methods]
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from genkit_eval.report.grid import class_grid, same_seeds
 from methods import METHODS, SAMPLER
@@ -14,11 +15,15 @@ from methods import METHODS, SAMPLER
 import genkit
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+BUILTIN = "builtin/cifar10"
 
 
-def class_sheet(pipe: genkit.ClassPipeline, guidance: str, sampler: str, steps: int) -> None:
-    out = pipe([k // 10 for k in range(100)], list(range(100)), guidance, sampler=sampler, steps=steps, progress=True)
-    class_grid(out.pixels, out.classes, pipe.class_names).save(IMAGES / "samples.png", optimize=True)
+def class_sheet(model: str, guidance: str, **options: Any) -> None:
+    """Ten images of each class; the options are those of diffusion."""
+    pipe = genkit.load(model)
+    out = pipe([k // 10 for k in range(100)], list(range(100)), guidance, progress=True, **options)
+    name = f"samples{model.removeprefix(BUILTIN).replace('-', '_')}.png"
+    class_grid(out.pixels, out.classes, pipe.class_names).save(IMAGES / name, optimize=True)
 
 
 def method_sheet(pipe: genkit.ClassPipeline, steps: int) -> None:
@@ -32,17 +37,18 @@ def method_sheet(pipe: genkit.ClassPipeline, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=BUILTIN, help="a built-in model")
     parser.add_argument("--guidance", default="CFG(2.0)")
     parser.add_argument("--sampler", default="heun")
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--methods", action="store_true", help="draw the sheet of all methods instead")
     args = parser.parse_args()
-    pipe = genkit.load("builtin/cifar10")
     IMAGES.mkdir(parents=True, exist_ok=True)
     if args.methods:
-        method_sheet(pipe, args.steps)
+        method_sheet(genkit.load(BUILTIN), args.steps)
     else:
-        class_sheet(pipe, args.guidance, args.sampler, args.steps)
+        options = {"sampler": args.sampler, "steps": args.steps} if args.model == BUILTIN else {}
+        class_sheet(args.model, args.guidance, **options)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,11 @@ from typing import Any
 
 from genkit_eval.report.plots import against
 from genkit_eval.table import format_number
+from results_autoregressive import decoding, guidance_of_logits, plots, speculation, tuned
+from tables import cell, made_with
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COLUMNS = ("frechet", "kid", "precision", "recall", "density", "coverage", "saturation", "contrast")
-
-
-def cell(metric: dict[str, Any]) -> str:
-    text = format_number(metric["value"])
-    if not metric["interval"]:
-        return text
-    low, high = metric["interval"]
-    return f"{text} <sub>{format_number(low)} - {format_number(high)}</sub>"
 
 
 def table(run: dict[str, Any]) -> list[str]:
@@ -123,12 +117,6 @@ def claims(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def made_with(run: dict[str, Any]) -> str:
-    hardware = run["hardware"]
-    cpu = hardware.get("cpu", "unknown")
-    return f"`{run['command']}` · {run['date'][:10]} · {cpu}, {hardware.get('cores')} cores"
-
-
 def quality(run: dict[str, Any]) -> list[str]:
     g, first = run["generation"], run["guidances"][0]
     about = (
@@ -177,22 +165,6 @@ def savings(run: dict[str, Any]) -> list[str]:
         figures = f"{r['rows_per_image']:.1f} | {r['ms_per_image']:.1f} | {r['share']['rows']:.3f} | {r['share']['time']:.3f}"
         rows.append(f"| `{name}` | {figures} |")
     return [*lines, text, "", *head, *rows, ""]
-
-
-def decoding(run: dict[str, Any]) -> list[str]:
-    lines = ["## Autoregressive decoding beside the official code", "", made_with(run), ""]
-    text = (
-        f"CPU seconds for the tokens of an image, batch {run['batch']}, with CFG, in float32 and one thread, with the same "
-        f"random weights and numbers; {run['rounds']} interleaved rounds, of each step the fastest. Matrix products: "
-        "those of the blocks and the head alone, which every loop must do."
-    )
-    head = ["| model | official | genkit | times as fast | matrix products | equal tokens | cache, MB |"]
-    rows = []
-    for name, r in run["models"].items():
-        seconds, equal = r["seconds"], f"{r['equal_tokens']} of {r['tokens']}"
-        figures = f"{seconds['official']:.2f} | {seconds['genkit']:.2f} | {r['ratio']:.2f} | {seconds['matmuls']:.2f}"
-        rows.append(f"| {name} | {figures} | {equal} | {r['cache_bytes'] / 1e6:.1f} |")
-    return [*lines, text, "", *head, "|---|---:|---:|---:|---:|---:|---:|", *rows, ""]
 
 
 def branches(run: dict[str, Any]) -> list[str]:
@@ -253,6 +225,11 @@ def main() -> None:
     lines += overhead(runs["overhead"]) if "overhead" in runs else []
     lines += attach_overhead(runs["attach_overhead"]) if "attach_overhead" in runs else []
     lines += savings(runs["savings"]) if "savings" in runs else []
+    if "autoregressive" in runs:
+        for name, png in plots(runs["autoregressive"]).items():
+            (DOCS / "images" / name).write_bytes(png)
+        lines += [*guidance_of_logits(runs["autoregressive"]), *tuned(runs["autoregressive"])]
+    lines += speculation(runs["speculative"]) if "speculative" in runs else []
     lines += decoding(runs["autoregressive_speed"]) if "autoregressive_speed" in runs else []
     (DOCS / "results.md").write_text("\n".join(lines))
 
