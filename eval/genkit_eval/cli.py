@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from genkit_eval.commands.doctor import doctor
+from genkit_eval.commands.export import export
 from genkit_eval.commands.like import like
 from genkit_eval.commands.reference_options import references
 from genkit_eval.commands.report import compare, report
@@ -179,6 +180,7 @@ app.command()(like(run)(sweep))
 app.command()(like(run)(tune))
 app.command()(report)
 app.command()(compare)
+app.command()(export)
 app.command()(doctor)
 
 

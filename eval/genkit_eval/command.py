@@ -36,7 +36,10 @@ SEED_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of ``genkit-eval run``, as typed. ``config`` is the file that some of them came from."""
+    """The options of ``genkit-eval run``, as typed. ``config`` is the file that some of them came from.
+
+    ``tolerant`` is of sweeps: guidances that the model refuses are left out.
+    """
 
     guidance: list[str]
     out: Path
@@ -60,6 +63,7 @@ class RunOptions:
     uint8: str | None = None
     preset: str | None = None
     config: Path | None = None
+    tolerant: bool = False
 
     @property
     def metrics(self) -> Metrics:
@@ -74,7 +78,9 @@ class RunOptions:
         """What is asked of a run. InputError for a guidance, a count or a metric that does not work."""
         self.metrics.check()
         guidances, bootstrap = parse_guidances(self.guidance), Bootstrap(self.bootstrap)
-        return Request(guidances, self.num_samples, self.out, bootstrap, self.overwrite, True, self.device, self.metrics)
+        return Request(
+            guidances, self.num_samples, self.out, bootstrap, self.overwrite, True, self.device, self.metrics, self.tolerant
+        )
 
     def check(self) -> None:
         """InputError for a number out of range or an unknown rule."""
@@ -193,8 +199,11 @@ def load(options: RunOptions) -> Loaded:
     return Loaded(pipe, extractor, reference, config)
 
 
-def execute(options: RunOptions) -> None:
-    """Check every option, then run, print the table and write the report. Ctrl-C says how to go on and exits with 130."""
+def execute(options: RunOptions) -> list[str]:
+    """Check every option, then run, print the table and write the report; returns why guidances were left out, if any were.
+
+    Ctrl-C says how to go on and exits with 130.
+    """
     check_installed()
     options.check()
     request = options.request()
@@ -214,6 +223,8 @@ def execute(options: RunOptions) -> None:
         again = provenance.command(extra_remove=("--overwrite",))
         print(f"\ninterrupted: {done} of {total} blocks are finished and kept. Go on with:\n  {again}", file=sys.stderr)
         raise typer.Exit(130) from None
+    left_out: list[str] = found.get("left_out", [])
+    return left_out
 
 
 def finish(out: Path, found: dict[str, Any]) -> None:

@@ -36,7 +36,10 @@ ONE_FOLDER = "all processes need one folder, on a disk that they share, and the 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run: guidances as (text as typed, object), the sample count, where to, and how to score."""
+    """What is asked of a run: guidances as (text as typed, object), the sample count, where to, and how to score.
+
+    With ``tolerant`` a guidance that the model refuses is left out, as long as there is another one.
+    """
 
     guidances: tuple[tuple[str, Any], ...]
     num_samples: int
@@ -46,6 +49,7 @@ class Request:
     progress: bool = True
     device: str = "cpu"
     metrics: Metrics = field(default_factory=Metrics)
+    tolerant: bool = False
 
     def __post_init__(self) -> None:
         if self.num_samples < MIN_SAMPLES:
@@ -200,14 +204,34 @@ def run_one(
     folder = request.out / name
     store = store_of(config, request, rule, provenance.made_with(request.device))
     progress.bar.set_description(f"{text}: images")
-    fill(pipe, rule, extractor, config, store, request.num_samples, progress.advance, world().mine)
-    world().gather(progress.show)
+    refusal = make_share(pipe, rule, extractor, config, store, request, progress.advance)
+    if why := world().gather(progress.show, refusal):
+        raise RefusedError(why)
     await_blocks(store, config, request)
     progress.bar.set_description(f"{text}: metrics")
     block = store.read_all(request.num_samples, config.block_size)
     if len(block.pixels):
         write_bytes(folder / "grid.png", png_bytes(class_grid(block.pixels, block.labels.tolist(), pipe.class_names)))
     return make_entry(request.out, text, repr(rule), stamp, block, scoring)
+
+
+def make_share(
+    pipe: Pipeline,
+    rule: Any,
+    extractor: Extractor,
+    config: RunConfig,
+    store: BlockStore,
+    request: Request,
+    advance: Callable[[int], object],
+) -> str:
+    """Make this process's blocks. What the pipeline refuses is an error, or with ``tolerant`` returned."""
+    try:
+        fill(pipe, rule, extractor, config, store, request.num_samples, advance, world().mine)
+    except RefusedError as error:
+        if not request.tolerant:
+            raise
+        return str(error)
+    return ""
 
 
 def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunConfig, request: Request) -> dict[str, Any]:
@@ -217,8 +241,9 @@ def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunC
     same folder stay in it, scored again if reference or bootstrap differ. Blocks that exist are not made again, so a run that was
     stopped goes on where it was.
     Of several processes, the first does all this, and the others make their share of the blocks and return nothing.
+    ``left_out`` of what is returned says which guidances the model refused, where that is tolerated.
     Raises InputError for a model whose images the extractor does not take, for a folder that cannot be used, and for a guidance
-    that the model refuses (naming it).
+    that the model refuses (naming it), or the last of them if it refuses all.
     """
     check_shape(pipe, extractor)
     if not world().first:
@@ -232,15 +257,22 @@ def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunC
     scoring = Scoring(reference, request.bootstrap, extractor, request.metrics)
     asked = {repr(rule) for _, rule in request.guidances}
     entries = settle(request.out, results.earlier_entries(request.out), asked, config.block_size, scoring)
-    found: dict[str, Any] = {}
+    found, left_out = dict[str, Any](), list[str]()
     total = len(request.guidances) * request.num_samples
     with tqdm(total=total, unit="img", file=sys.stderr, disable=not request.progress, dynamic_ncols=True) as bar:
         for number, guidance in enumerate(request.guidances, start=1):
-            with blaming(guidance, request.out):
-                entry = run_one(pipe, extractor, config, request, guidance, scoring, Progress(bar, start))
-            entries = results.replace_entry(entries, entry)
+            try:
+                with blaming(guidance, request.out):
+                    entry = run_one(pipe, extractor, config, request, guidance, scoring, Progress(bar, start))
+            except InputError as error:
+                last = number == len(request.guidances)
+                if not (request.tolerant and isinstance(error.__cause__, RefusedError)) or (last and not entries):
+                    raise
+                left_out.append(str(error))
+            else:
+                entries = results.replace_entry(entries, entry)
             found = results.write_results(request.out, about, entries, complete=number == len(request.guidances))
-    return found
+    return {**found, "left_out": left_out}
 
 
 def assist(pipe: Pipeline, extractor: Extractor, config: RunConfig, request: Request) -> dict[str, Any]:
@@ -253,8 +285,8 @@ def assist(pipe: Pipeline, extractor: Extractor, config: RunConfig, request: Req
     for guidance in request.guidances:
         store = store_of(config, request, guidance[1], provenance.made_with(request.device))
         with blaming(guidance, request.out):
-            fill(pipe, guidance[1], extractor, config, store, request.num_samples, world().advance, world().mine)
-        world().gather()
+            refusal = make_share(pipe, guidance[1], extractor, config, store, request, world().advance)
+        world().gather(refusal=refusal)
     return {}
 
 

@@ -96,8 +96,12 @@ class World:
     def follow(self) -> None:
         """The first process goes ahead; the others wait until it has come here."""
 
-    def gather(self, look: Callable[[], object] = lambda: None) -> None:
-        """The first process waits until all have come here, calling ``look`` now and then; the others go on."""
+    def gather(self, look: Callable[[], object] = lambda: None, refusal: str = "") -> str:
+        """The first process waits until all have come here, calling ``look`` now and then; the others go on.
+
+        ``refusal`` is why this process has not done its share; the first process gets that of any of them.
+        """
+        return refusal
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -116,7 +120,8 @@ class World:
 @dataclass
 class Record:
     """What a process says of itself: ``step`` counts calls of follow and gather, ``images`` those that are there, ``code`` is its
-    exit code once it has ended and ``reason`` why, ``left`` that it has read how the first one ended.
+    exit code once it has ended and ``reason`` why, ``refused`` why it has not done its share, by step, ``left`` that
+    it has read how the first one ended.
 
     A store may outlive a restart: ``identity`` is new in each process, and a record counts only if it ``knows`` its reader's.
     """
@@ -128,6 +133,7 @@ class Record:
     images: int = 0
     code: int | None = None
     reason: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
     left: bool = False
 
 
@@ -244,11 +250,14 @@ class Together(World):
         if not self.first:
             self._wait(lambda: self._came(0))
 
-    def gather(self, look: Callable[[], object] = lambda: None) -> None:
+    def gather(self, look: Callable[[], object] = lambda: None, refusal: str = "") -> str:
         """See World."""
-        self._say(step=self.own.step + 1)
+        step = self.own.step + 1
+        self._say(step=step, refused={**self.own.refused, str(step): refusal} if refusal else self.own.refused)
         if self.first:
             self._wait(lambda: all(self._came(rank) for rank in self.silence), look)
+        told = (record.refused.get(str(step), "") for _, record in sorted(self.others.items()))
+        return refusal or next(filter(None, told), "")
 
     def end(self, code: int, reason: str) -> int:
         """See World. Raises InputError where the first process died before it could say how it ended."""

@@ -184,6 +184,17 @@ def test_an_error_ends_all_and_is_said_once(
     assert "genkit-eval" not in processes[1].said + processes[2].said
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_one_process_refuses_is_left_out_by_all(rank: str, crowd: Crowd, store: int, tmp_path: Path, alone: Any) -> None:
+    refusal: dict[str, Any] = {"errors": {rank: "ValueError"}, "only": "CFG(scale=3.0)", "tolerant": True}
+    out = tmp_path / "run"
+    texts = (TEXTS[0], "CFG(3.0)", TEXTS[1])
+    processes = crowd.start(range(3), 3, store, out, texts=texts, n=38, **refusal)
+    assert [process.wait() for process in processes] == [0] * 3, said(processes)
+    assert [entry["label"] for entry in numbers(out)] == list(TEXTS)
+    assert numbers(out) == numbers(alone(38))
+
+
 def test_records_of_an_earlier_start_do_not_count(crowd: Crowd, tmp_path: Path) -> None:
     server = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     for rank in (0, 1):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from genkit_eval.command import RunOptions, execute
 from genkit_eval.distributed import world
 from genkit_eval.errors import InputError
-from genkit_eval.generate import RefusedError
 from genkit_eval.metrics import METRICS
 from genkit_eval.pareto import COSTS, USUAL, best_first, known, title_of
 from genkit_eval.runs import read_run
@@ -55,20 +53,10 @@ def run_sweep(templates: Sequence[str], grids: Sequence[str], objectives: Sequen
     A combination that the model refuses or diverges with is left out, and said; the others go on.
     """
     found = expand(templates, grids)
-    asked = RunOptions([text for text, _ in found.guidances], **options)
+    asked = RunOptions([text for text, _ in found.guidances], **options, tolerant=True)
     wanted = objectives_of(objectives, asked.metrics)
     print(found.summary(), file=sys.stderr)
-    left_out: list[str] = []
-    while True:
-        try:
-            execute(asked)
-            break
-        except InputError as error:
-            refused = [text for text in asked.guidance if error.option == f"--guidance {text!r}"]
-            # Several processes end together, with the one that was refused.
-            if not isinstance(error.__cause__, RefusedError) or not refused or len(asked.guidance) == 1 or world().size > 1:
-                raise
-            left_out.append(f"left out: {error}")
-            asked = replace(asked, guidance=[text for text in asked.guidance if text not in refused], overwrite=False)
+    left_out = execute(asked)
     if world().first:
-        print("\n".join([*left_out, "", front_text(read_run(asked.out).entries, wanted)]))
+        told = [f"left out: {reason}" for reason in left_out]
+        print("\n".join([*told, "", front_text(read_run(asked.out).entries, wanted)]))
