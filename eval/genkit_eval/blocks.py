@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from genkit_eval.files import TEMPORARY, in_use, temporary_beside, write_bytes
+from genkit_eval.files import TEMPORARY, in_use, remove_leftovers, temporary_beside, write_bytes
 from genkit_eval.metrics.colour import PIXEL_COLUMNS, pixel_layers
 
 #: Images whose pixels are read back, for pictures.
@@ -147,8 +147,8 @@ class BlockStore:
                 made_with.append(known)
         return Block(**join, wall=wall, cpu=cpu, calls=calls, trace=parts[0].trace, made_with=made_with, layers=layers)
 
-    def clean(self, everything: bool = False) -> None:
-        """Remove what a process that is gone left half written; with ``everything`` the finished blocks too."""
-        left = [path for path in self.folder.glob(f"*{TEMPORARY}") if not in_use(path)]
-        for path in [*left, *(self.folder.glob("*.safetensors") if everything else [])]:
+    def clear(self) -> None:
+        """Remove every block, and what was left half written."""
+        remove_leftovers(self.folder)
+        for path in self.folder.glob("*.safetensors"):
             path.unlink(missing_ok=True)

@@ -49,6 +49,13 @@ def in_use(temporary: Path) -> bool:
     return int(pid) != os.getpid() and _alive(int(pid))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left half written in ``folder`` and below."""
+    for path in folder.glob(f"**/*{TEMPORARY}"):
+        if not in_use(path):
+            path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name beside ``path`` and rename: a reader never sees a part."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content), temporary_beside(path))

@@ -20,7 +20,7 @@ from genkit_eval.entries import Scoring, make_entry, settle
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor
 from genkit_eval.extractors.quantise import UINT8_RULES
-from genkit_eval.files import check_writable, read_json, write_bytes, write_json
+from genkit_eval.files import check_writable, read_json, remove_leftovers, write_bytes, write_json
 from genkit_eval.generate import RefusedError, block_ranges, fill
 from genkit_eval.labels import rule_in_words
 from genkit_eval.protocols import Pipeline, uint8_rule
@@ -120,7 +120,7 @@ def prepare_folder(out: Path, config: RunConfig, overwrite: bool) -> None:
         for file in (results.RESULTS, results.CONFIG, "report.html"):
             (out / file).unlink(missing_ok=True)
         for folder in out.glob("*/blocks"):
-            BlockStore(folder, "").clean(everything=True)
+            BlockStore(folder, "").clear()
     write_json(path, config.as_dict())
 
 
@@ -249,8 +249,7 @@ def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunC
     if not world().first:
         return assist(pipe, extractor, config, request)
     prepare_folder(request.out, config, request.overwrite and not restarted())
-    for _, rule in request.guidances:
-        store_of(config, request, rule).clean()
+    remove_leftovers(request.out)
     start = world().images
     world().follow()
     about = header(pipe, extractor, reference, config, request)

@@ -15,7 +15,7 @@ from genkit_eval.blocks import BlockStore
 from genkit_eval.config import slug
 from genkit_eval.errors import InputError
 from genkit_eval.extractors import Extractor, load_extractor
-from genkit_eval.files import STALE_AFTER, temporary_beside, write_bytes, write_json
+from genkit_eval.files import STALE_AFTER, remove_leftovers, temporary_beside, write_bytes, write_json
 from genkit_eval.labels import label_of, labels_of
 from genkit_eval.metrics import METRICS, Sample
 from genkit_eval.references import Reference, load_reference
@@ -329,14 +329,15 @@ def test_scores_of_two_references_are_not_subtracted() -> None:
 
 
 def test_only_stale_temporary_files_are_removed(tmp_path: Path) -> None:
-    store, path = BlockStore(tmp_path, "x"), tmp_path / "00000.safetensors"
+    path = tmp_path / "none" / "blocks" / "00000.safetensors"
+    path.parent.mkdir(parents=True)
     own, gone, alive = temporary_of(path, os.getpid()), temporary_of(path, GONE), temporary_of(path, os.getppid())
     elsewhere, old = path.with_name(f"{path.name}.0.{GONE}.0.writing"), temporary_of(path, os.getppid())
     for file in (own, gone, alive, elsewhere, old):
         file.write_bytes(b"half")
     past = old.stat().st_mtime - STALE_AFTER - 60
     os.utime(old, (past, past))
-    store.clean()
+    remove_leftovers(tmp_path)
     assert {file for file in (own, gone, alive, elsewhere, old) if file.exists()} == {alive, elsewhere}
 
 
