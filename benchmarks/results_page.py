@@ -12,7 +12,7 @@ from typing import Any
 
 from genkit_eval.report.plots import against
 from genkit_eval.table import format_number
-from results_autoregressive import decoding, guidance_of_logits, plots, speculation, tuned
+from results_autoregressive import guidance_of_logits, plots, speculation, tuned
 from tables import cell, made_with
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -230,7 +230,6 @@ def main() -> None:
             (DOCS / "images" / name).write_bytes(png)
         lines += [*guidance_of_logits(runs["autoregressive"]), *tuned(runs["autoregressive"])]
     lines += speculation(runs["speculative"]) if "speculative" in runs else []
-    lines += decoding(runs["autoregressive_speed"]) if "autoregressive_speed" in runs else []
     (DOCS / "results.md").write_text("\n".join(lines))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from genkit.attention import use_attention
     from genkit.denoiser import EDMDenoiser, Guided
     from genkit.guidance import APG, CFG, Adaptive, Guidance, Interval, NoGuidance, Scheduled, Trace, parse, preset
     from genkit.pipelines import (
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         load,
     )
     from genkit.pipelines.attach import attach
+    from genkit.pipelines.attention_diffusers import set_attention
+    from genkit.pipelines.hoist import hoist
     from genkit.pipelines.to_diffusers import to_diffusers
     from genkit.samplers import SAMPLERS, Sampler, sample
     from genkit.samplers.autoregressive.filters import Filters
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from genkit.samplers.autoregressive.speculative import DynamicTree, Exact, Lantern, ModelDrafter, StaticTree
 
 _HOME = {
+    "genkit.attention": ("use_attention",),
     "genkit.denoiser": ("EDMDenoiser", "Guided"),
     "genkit.guidance": ("APG", "CFG", "Adaptive", "Guidance", "Interval", "NoGuidance", "Scheduled", "Trace", "parse", "preset"),
     "genkit.pipelines": (
@@ -42,6 +46,8 @@ _HOME = {
         "load",
     ),
     "genkit.pipelines.attach": ("attach",),
+    "genkit.pipelines.attention_diffusers": ("set_attention",),
+    "genkit.pipelines.hoist": ("hoist",),
     "genkit.pipelines.to_diffusers": ("to_diffusers",),
     "genkit.samplers": ("SAMPLERS", "Sampler", "sample"),
     "genkit.samplers.autoregressive.filters": ("Filters",),
@@ -49,7 +55,7 @@ _HOME = {
     "genkit.samplers.autoregressive.next_scale": ("known_tokens", "var_guidance"),
     "genkit.samplers.autoregressive.speculative": ("DynamicTree", "Exact", "Lantern", "ModelDrafter", "StaticTree"),
 }
-_MODULES = ("denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "tokenizers", "training")
+_MODULES = ("attention", "denoiser", "guidance", "models", "noise", "pipelines", "random", "samplers", "tokenizers", "training")
 
 __all__ = [
     "APG",
@@ -79,12 +85,15 @@ __all__ = [
     "Trace",
     "attach",
     "flowar_guidance",
+    "hoist",
     "known_tokens",
     "load",
     "parse",
     "preset",
     "sample",
+    "set_attention",
     "to_diffusers",
+    "use_attention",
     "var_guidance",
 ]
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from genkit.attention.kernels import guidance_update, usable
+from genkit.guidance.apg import APG
 from genkit.guidance.base import Branch, Guidance, Perturbation, Result, Stage, StepInfo
 from genkit.guidance.trace import Trace
 from genkit.noise import VE, Path
@@ -144,12 +146,22 @@ class Guided:
             self.state = self.guidance.prepare(info, self, self.state)
         branches = self.guidance.plan(info, self.state)
         predictions = self.evaluate(info, branches)
-        result, self.state = self.guidance.combine(info, predictions, self.state)
+        result, self.state = self._combine(info, predictions)
         if self._refines:
             result, self.state = self.guidance.refine(info, result, self, self.state)
         if self.level != "none":
             self._record(info, predictions, result)
         return result
+
+    def _combine(self, info: StepInfo, predictions: Mapping[str, Tensor]) -> tuple[Result, Any]:
+        """``guidance.combine``; for APG, which is many passes over memory, by the fused programs of the device if it has them."""
+        apg = self.guidance
+        if type(apg) is APG and "uncond" in predictions and usable(*predictions.values()):
+            options: dict[str, Any] = {"eta": apg.eta, "momentum": apg.momentum, "threshold": apg.threshold}
+            cond, uncond = predictions["cond"], predictions["uncond"]
+            denoised, average = guidance_update(cond, uncond, apg.weight(info), average=self.state, **options)
+            return Result(denoised), average
+        return self.guidance.combine(info, predictions, self.state)
 
     def _begin(self, info: StepInfo) -> None:
         """Forget the way down where the noise level has risen, as in a restart: what comes is another trajectory."""

@@ -41,6 +41,10 @@ def test_evaluation_example_runs(tmp_path: Path) -> None:
     run(python_of("docs/evaluation.md") + "\nassert 0.5 < metric.compute() <= 1", tmp_path)
 
 
+def test_attention_examples_run(tmp_path: Path) -> None:
+    run(python_of("docs/attention.md") + "\nassert (out - exact).abs().max() < 1e-5", tmp_path)
+
+
 def test_contributing_examples_are_found_under_their_names(tmp_path: Path) -> None:
     check = """
 import genkit

@@ -79,8 +79,12 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]
             yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
-#: The one look upwards: ``guidance.to_diffusers()``, a method for users' convenience, finds its function when it is called.
-EXCEPTIONS = {("genkit.guidance.base", "genkit.pipelines.to_diffusers")}
+#: Looks upwards, when they are called: ``guidance.to_diffusers()``, a method for users' convenience, and the command that
+#: measures attention, which measures images too.
+EXCEPTIONS = {
+    ("genkit.guidance.base", "genkit.pipelines.to_diffusers"),
+    ("genkit.attention.deviation", "genkit.pipelines.deviation"),
+}
 
 
 def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:

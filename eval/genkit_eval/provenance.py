@@ -85,6 +85,17 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
+def attention(pipe: Any) -> dict[str, Any]:
+    """The backend of attention that is asked for, by whom, and what the pipeline's networks ask for themselves."""
+    from genkit.attention import chosen
+    from genkit.pipelines.networks import networks
+
+    try:
+        return chosen(*networks(pipe))
+    except ValueError:  # someone else's pipeline, with no network to be seen
+        return chosen()
+
+
 def command(extra_remove: tuple[str, ...] = ()) -> str:
     """The command line as typed, ready to paste; ``extra_remove`` options are left out."""
     name = Path(sys.argv[0]).name

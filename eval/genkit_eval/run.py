@@ -144,6 +144,7 @@ def header(pipe: Pipeline, extractor: Extractor, reference: Reference, config: R
     keys = ("model", "model_sha256", "sampler", "steps", "seed", "block_size", "uint8_rule")
     return {
         **common_header(extractor, reference, request.bootstrap, request.device),
+        "attention": provenance.attention(pipe),
         **({"preset": config.preset} if config.preset else {}),
         "generation": {
             **{key: known[key] for key in keys},
@@ -271,7 +272,7 @@ def run(pipe: Pipeline, extractor: Extractor, reference: Reference, config: RunC
             else:
                 entries = results.replace_entry(entries, entry)
             found = results.write_results(request.out, about, entries, complete=number == len(request.guidances))
-    return {**found, "left_out": left_out}
+    return {**found, "left_out": left_out} if left_out else found
 
 
 def assist(pipe: Pipeline, extractor: Extractor, config: RunConfig, request: Request) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from genkit.attention import BlockCausal
+
 
 class Logits(NamedTuple):
     """What a network says of n positions: logits (B, n, V) in float32, and the features (B, n, d) they come from."""
@@ -82,11 +84,6 @@ class Scales:
             raise ValueError(f"positions {start} to {start + n - 1} are no whole scales; these end before {self.ends}")
         return self.sides[ends.index(start) : ends.index(start + n)]
 
-    def mask(self, start: int, n: int, device: torch.device) -> Tensor | None:
-        """(n, start + n), True where a position sees another: those of its own scale and before. None if that is all."""
-        sides = self.at(start, n)
-        if len(sides) == 1:
-            return None
-        sizes = torch.tensor([p * p for p in self.sides], device=device)
-        level = torch.arange(len(self.sides), device=device).repeat_interleave(sizes, output_size=self.length)[: start + n]
-        return level[start:, None] >= level
+    def mask(self, start: int, n: int) -> BlockCausal | None:
+        """What positions ``start .. start + n - 1`` see: those of their own scale and before. None if that is all."""
+        return None if len(self.at(start, n)) == 1 else BlockCausal(tuple(p * p for p in self.sides))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Mask, attention
 from genkit.models import llama
 from genkit.models.autoregressive import KeyValueCache
 from genkit.weights import fit, read_weights
@@ -40,17 +41,21 @@ EAGLE_SIZES = {"llamagen_t2i_XL_stage1_256": EagleConfig(), "llamagen_t2i_XL_sta
 
 
 class _Attention(nn.Module):
+    attention_backend: str | None = None
+
     def __init__(self, c: EagleConfig) -> None:
         super().__init__()
         self.heads = c.heads
         self.q_proj, self.k_proj = nn.Linear(c.width, c.width, bias=False), nn.Linear(c.width, c.width, bias=False)
         self.v_proj, self.o_proj = nn.Linear(c.width, c.width, bias=False), nn.Linear(c.width, c.width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None, start: int | Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Tensor, mask: Mask | Tensor | None, cache: KeyValueCache | None, start: int | Tensor
+    ) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = llama.rotate(q, turn).transpose(1, 2), llama.rotate(k, turn).transpose(1, 2), v.transpose(1, 2)
         keys, values = (k, v) if cache is None else cache.update(0, k, v, start)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        out = attention(q, keys, values, mask=mask, default=self.attention_backend)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -72,7 +77,9 @@ class _Layer(nn.Module):
         self.self_attn, self.mlp = _Attention(c), _FeedForward(c)
         self.post_attention_layernorm = llama.RMSNorm(c.width, c.eps)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, cache: KeyValueCache | None, start: int | Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Tensor, mask: Mask | Tensor | None, cache: KeyValueCache | None, start: int | Tensor
+    ) -> Tensor:
         h = x + self.self_attn(x, turn, mask, cache, start)
         out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
         return out
@@ -132,10 +139,8 @@ class EagleHead(nn.Module):
         if positions is None:
             positions = torch.as_tensor(start, device=tokens.device).reshape(-1, 1) + torch.arange(n, device=tokens.device)
         x = self.fc(torch.cat([self.embed_tokens(tokens), features.to(self.fc.weight.dtype)], -1))
-        look = llama.causal_mask(start, n, None, mask)
-        out: Tensor = self.layers[0](
-            x, llama.turns(self.table[positions]), look if look is None else look.to(x.device), cache, start
-        )
+        look = llama.causal_mask(start, n, None, mask, x.device)
+        out: Tensor = self.layers[0](x, llama.turns(self.table[positions]), look, cache, start)
         return out
 
     def load_state(self, path: str | os.PathLike[str]) -> Self:

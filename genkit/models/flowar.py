@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Mask
 from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Scales
-from genkit.models.flowar_velocity import Attention, GatedMLP, VelocityConfig, VelocityNetwork, rms_norm
+from genkit.models.compiled import Region
+from genkit.models.flowar_velocity import Attention, GatedMLP, VelocityConfig, VelocityNetwork, modulated
 from genkit.weights import fit, read_weights
 
 
@@ -56,11 +58,11 @@ class Block(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, embedded: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Tensor | None
+        self, x: Tensor, embedded: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Mask | Tensor | None
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(embedded)[:, None].chunk(6, -1)
-        x = x + gamma1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, sides, cache, mask)
-        out: Tensor = x + gamma2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
+        x = x + gamma1 * self.attn(modulated(x, scale1, shift1), sides, cache, mask)
+        out: Tensor = x + gamma2 * self.mlp(modulated(x, scale2, shift2))
         return out
 
 
@@ -127,6 +129,10 @@ class FlowAR(Conditioned):
         """Layers, heads and head width of the cache it writes to."""
         return len(self.encoder_blocks) + len(self.decoder_blocks), self.heads, self.width // self.heads
 
+    def regions(self) -> list[Region]:
+        """What :func:`genkit.models.compiled.compile_regions` compiles: the velocity, at each scale."""
+        return [Region(self.flownet, "forward", "each")]
+
     def forward(
         self,
         inputs: Tensor,
@@ -153,15 +159,14 @@ class FlowAR(Conditioned):
         x = self.z_proj(inputs[:, self.first :] if start == 0 else inputs)
         if start == 0:
             x = torch.cat((embedded[:, None].expand(-1, self.first, -1), x), 1)
-        if mask is None:
-            mask = self.scales.mask(start, n, x.device)
+        look = self.scales.mask(start, n) if mask is None else mask
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned[:, span])
         layer = 0
         for half in ("encoder", "decoder"):
             if half == "decoder":
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, span]
             for block in self.get_submodule(f"{half}_blocks").children():
-                x = block(x, embedded, sides, None if cache is None else LayerCache(cache, layer, start), mask)
+                x = block(x, embedded, sides, None if cache is None else LayerCache(cache, layer, start), look)
                 layer += 1
         out: Tensor = self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, span]
         return out

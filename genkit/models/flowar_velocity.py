@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Mask, attention
+from genkit.attention.kernels import modulate, qk_norm_rope, usable
 from genkit.models.autoregressive import LayerCache, wide
 from genkit.noise import FLOW, Path
 
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``norm(x) (1 + scale) + shift``."""
+    return modulate(x, scale, shift, norm="rms") if usable(x, scale, shift) else rms_norm(x) * (1 + scale) + shift
 
 
 class Rope(nn.Module):
@@ -41,15 +48,20 @@ class Rope(nn.Module):
             angles.append(torch.cat((row, column), -1).flatten(0, 1))
         return torch.cat(angles)
 
-    def forward(self, sides: tuple[int, ...], *heads: Tensor) -> list[Tensor]:
-        """Each of ``heads`` (B, heads, n, head_dim), turned; channels 2 i and 2 i + 1 are a pair."""
+    def forward(self, sides: tuple[int, ...], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (B, heads, n, head_dim), turned; channels 2 i and 2 i + 1 are a pair."""
         angles = self.table(sides)
+        if usable(q, k):
+            return qk_norm_rope(q, k, torch.stack((angles.cos(), angles.sin()), -1))
         turn = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), -1).unflatten(-1, (2, 2))
-        return [(turn.to(x.dtype) @ x.unflatten(-1, (-1, 2, 1))).flatten(-3) for x in heads]
+        q, k = ((turn.to(x.dtype) @ x.unflatten(-1, (-1, 2, 1))).flatten(-3) for x in (q, k))
+        return q, k
 
 
 class Attention(nn.Module):
     """Self-attention with :class:`Rope`."""
+
+    attention_backend: str | None = None
 
     def __init__(self, width: int, heads: int, grid: int, bias: bool) -> None:
         super().__init__()
@@ -57,16 +69,21 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
         self.rope = Rope(width // heads, grid)
 
-    def forward(self, x: Tensor, sides: tuple[int, ...], cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sides: tuple[int, ...], cache: LayerCache | None = None, mask: Mask | Tensor | None = None
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.rope(sides, q, k)
         k, v = (k, v) if cache is None else cache(k, v)
-        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        looked = attention(q, k, v, mask=mask, default=self.attention_backend)
+        out: Tensor = self.proj(looked.transpose(1, 2).flatten(2))
         return out
 
 
 class CrossAttention(nn.Module):
     """Attention of a map to the conditions (B, n, e) of its own places, with :class:`Rope` on both."""
+
+    attention_backend: str | None = None
 
     def __init__(self, width: int, condition: int, heads: int, grid: int) -> None:
         super().__init__()
@@ -79,7 +96,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(z).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.rope(sides, q, k)
-        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attention(q, k, v, default=self.attention_backend).transpose(1, 2).flatten(2))
         return out
 
 
@@ -114,8 +131,8 @@ class SpatialBlock(nn.Module):
 
     def forward(self, x: Tensor, clues: Clues, sides: tuple[int, ...]) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(F.silu(clues.both)).chunk(6, -1)
-        x = x + gamma1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, sides)
-        out: Tensor = x + gamma2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
+        x = x + gamma1 * self.attn(modulated(x, scale1, shift1), sides)
+        out: Tensor = x + gamma2 * self.mlp(modulated(x, scale2, shift2))
         return out
 
 
@@ -131,10 +148,10 @@ class CrossBlock(nn.Module):
 
     def forward(self, x: Tensor, clues: Clues, sides: tuple[int, ...]) -> Tensor:
         gamma, scale, shift = self.ada_lin_attn(F.silu(clues.time)).chunk(3, -1)
-        x = x + gamma * self.attn(rms_norm(x) * (1 + scale) + shift, sides)
+        x = x + gamma * self.attn(modulated(x, scale, shift), sides)
         x = x + self.crossattn(self.norm2_1(x), self.norm2_2(clues.raw), sides)
         gamma, scale, shift = self.ada_lin_mlp(F.silu(clues.both)).chunk(3, -1)
-        out: Tensor = x + gamma * self.mlp(rms_norm(x) * (1 + scale) + shift)
+        out: Tensor = x + gamma * self.mlp(modulated(x, scale, shift))
         return out
 
 
@@ -164,7 +181,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, both: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(both).chunk(2, -1)
-        out: Tensor = self.linear(rms_norm(x) * (1 + scale) + shift)
+        out: Tensor = self.linear(modulated(x, scale, shift))
         return out
 
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Causal, Mask
+from genkit.attention.kernels import qk_norm_rope, usable
 from genkit.models import perturb
 from genkit.models.autoregressive import KeyValueCache, LayerCache
+from genkit.models.compiled import attend
 
 
 def rope_table(tokens: int, head_dim: int, prefix: int, base: float = 10000.0) -> Tensor:
@@ -31,28 +34,37 @@ def rope_table(tokens: int, head_dim: int, prefix: int, base: float = 10000.0) -
 
 
 def turns(table: Tensor) -> Tensor:
-    """The rows (..., n, d / 2, 2) of a :func:`rope_table` as complex numbers (..., n, 1, d / 2), the same for all heads."""
-    return torch.view_as_complex(table).unsqueeze(-2)
+    """The rows (..., n, d / 2, 2) of a :func:`rope_table` as complex numbers (..., n, 1, d / 2), the same for all heads.
+
+    In what is compiled as real ones, (..., n, 1, d / 2, 2): complex ones are not fused.
+    """
+    return table.unsqueeze(-3) if torch.compiler.is_compiling() else torch.view_as_complex(table).unsqueeze(-2)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn the pairs (2 i, 2 i + 1) of x (..., n, heads, d) by the angles of ``turn``, see :func:`turns`."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
 
 
-def causal_mask(start: int | Tensor, n: int, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
-    """What positions start .. start + n - 1 see, (1 or B, 1, n, end); None where that is all there is before the end of a row.
+def causal_mask(
+    start: int | Tensor, n: int, seen: Tensor | None = None, mask: Tensor | None = None, device: torch.device | None = None
+) -> Mask | Tensor | None:
+    """What positions start .. start + n - 1 see, a tensor if it depends on the row: (B, 1, n, end). None: all keys to the end.
 
     Args:
         start: an int, or one per row (B,).
         seen: (B, m) bool, which of the first m positions may be seen, by others than themselves; m may exceed the end.
         mask: a mask to use in place of the causal one, (n, end) or (B, 1, n, end).
+        device: of a tensor that is returned.
     """
-    if mask is None and seen is None and isinstance(start, int) and n == 1:
-        return None
+    if mask is None and seen is None and isinstance(start, int):
+        return None if n == 1 else Causal()
     starts = torch.as_tensor(start).reshape(-1, 1)
-    device = next((t.device for t in (mask, seen) if t is not None), starts.device)
+    mask, seen = (t if t is None else t.to(device) for t in (mask, seen))
     slots = starts.to(device) + torch.arange(n, device=device)
     end = int(starts.max()) + n
     keys = torch.arange(end, device=device)
@@ -94,23 +106,30 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Rotary self-attention over what the cache holds and these positions."""
 
+    attention_backend: str | None = None
+
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, update: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask | Tensor | None, update: LayerCache | None = None) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k = rotate(qkv[..., :2, :, :], turn.unsqueeze(-3)).unbind(-3)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), qkv[..., 2, :, :].transpose(1, 2)
-        keys, values = (k, v) if update is None else update(k, v)
+        if usable(qkv):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            q, k = qk_norm_rope(q, k, torch.view_as_real(turn).squeeze(-3))
+        else:
+            q, k = rotate(qkv[..., :2, :, :].flatten(2, 3), turn).chunk(2, 2)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), qkv[..., 2, :, :].transpose(1, 2)
         perturbation = perturb.active(self)
         if perturbation is not None and perturbation.kind == "blur":
             raise ValueError("a network that sees one token at a time cannot blur its queries over the image; use PAG or SLG")
         if perturbation is not None and perturbation.kind == "identity":
             out = v
+            if update is not None:
+                update(k, v)
         else:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            out = attend(q, k, v, update, mask, default=self.attention_backend)
         return F.dropout(self.wo(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -123,7 +142,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, multiple, dropout)
         self.attention_norm, self.ffn_norm = RMSNorm(width, eps), RMSNorm(width, eps)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, update: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, mask: Mask | Tensor | None, update: LayerCache | None = None) -> Tensor:
         perturbation = perturb.active(self)
         if perturbation is not None and perturbation.kind == "skip":
             return x
@@ -136,10 +155,10 @@ def run(
     blocks: nn.ModuleList,
     x: Tensor,
     table: Tensor,
-    mask: Tensor | None,
+    mask: Mask | Tensor | None,
     cache: KeyValueCache | None,
-    start: int | Tensor,
     layer: int,
+    start: int | Tensor,
 ) -> Tensor:
     """x through the blocks; ``table`` holds the rows of a :func:`rope_table` for its places.
 

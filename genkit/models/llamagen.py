@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Mask
 from genkit.guidance.base import Perturbation
 from genkit.models import llama, perturb
-from genkit.models.autoregressive import Conditioned, KeyValueCache, Logits
+from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Logits
+from genkit.models.compiled import INSIDE, Region
 from genkit.weights import fit, read_weights
 
 
@@ -199,11 +201,18 @@ class LlamaGen(Conditioned):
         tokens = condition["text"] if isinstance(condition, Mapping) else condition
         x = self._embedded(inputs, tokens, positions, start)
         seen = condition.get("text_mask") if isinstance(condition, Mapping) else None
-        look = llama.causal_mask(start, n, seen, mask)
-        look = look if look is None else look.to(x.device)
+        look = llama.causal_mask(start, n, seen, mask, x.device)
         x = F.dropout(x, self.config.dropout, self.training)
-        h = self.norm(llama.run(self.layers, x, self.table[positions], look, cache, start, 0))
+        return self.step(x, self.table[positions], None if cache is None else LayerCache(cache, 0, start), look)
+
+    def step(self, x: Tensor, table: Tensor, cache: LayerCache | None, mask: Mask | Tensor | None) -> Logits:
+        """Embeddings (B, n, width) through the blocks to logits; ``table`` holds the rows of the rope table for their places."""
+        h = self.norm(llama.run(self.layers, x, table, mask, *(cache or (None, 0, 0))))
         return Logits(self.output(h).float(), h)
+
+    def regions(self) -> list[Region]:
+        """What :func:`genkit.models.compiled.compile_regions` compiles: a step of one token. Several at once run without."""
+        return [Region(self, "step", "one", INSIDE)]
 
     def _embedded(self, inputs: Tensor, condition: Tensor, positions: Tensor, start: int | Tensor) -> Tensor:
         x: Tensor = self.tok_embeddings(inputs)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Causal, Mask
 from genkit.guidance.base import Perturbation
 from genkit.models import llama, perturb
-from genkit.models.autoregressive import Conditioned, KeyValueCache, Logits
+from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Logits
+from genkit.models.compiled import INSIDE, Region
 from genkit.models.llamagen import ClassEmbedding
 from genkit.weights import fit, read_weights
 
@@ -164,15 +166,14 @@ class OpenMAGVIT2(Conditioned):
         part = start % 2
         x = self.pre_emb(inputs) if part else self._spatial(inputs, condition, cache, start // 2)
         # A token's parts see only each other: they use the first two places of the cache over and over.
-        h = self.norm(llama.run(self.factorized_blocks, x, self.table[part : part + 1], None, cache, part, self.config.layers))
+        at = None if cache is None else LayerCache(cache, self.config.layers, part)
+        h = self.part_step(x, self.table[part : part + 1], at, None)
         return Logits(self.head[part](h).float(), h)
 
     def _pairs(self, inputs: Tensor, condition: Tensor, cache: KeyValueCache | None, start: int) -> Logits:
         x = self._spatial(inputs[:, ::2], condition, cache, start // 2)
         pairs = torch.stack([x, self.pre_emb(inputs[:, 1::2])], 2).flatten(0, 1)
-        mask = llama.causal_mask(0, 2)
-        assert mask is not None
-        h = self.norm(llama.run(self.factorized_blocks, pairs, self.table[:2], mask.to(x.device), None, 0, 0))
+        h = self.norm(llama.run(self.factorized_blocks, pairs, self.table[:2], Causal(), None, 0, 0))
         h = h.unflatten(0, (len(inputs), -1))
         a, b = (head(h[:, :, part]).float() for part, head in enumerate(self.head))
         a = F.pad(a, (0, b.shape[-1] - a.shape[-1]), value=-math.inf)
@@ -184,9 +185,21 @@ class OpenMAGVIT2(Conditioned):
         if start == 0:
             x = torch.cat([self.class_emb(condition), x[:, 1:]], 1)
         x = F.dropout(x, self.config.dropout, self.training)
-        mask = llama.causal_mask(start, n)
-        mask = mask if mask is None else mask.to(x.device)
-        return llama.run(self.spatial_blocks, x, self.table[start : start + n], mask, cache, start, 0)
+        at = None if cache is None else LayerCache(cache, 0, start)
+        return self.spatial_step(x, self.table[start : start + n], at, llama.causal_mask(start, n))
+
+    def spatial_step(self, x: Tensor, table: Tensor, cache: LayerCache | None, mask: Mask | Tensor | None) -> Tensor:
+        """Through the large blocks; ``table`` holds the rows of the rope table for the places of x (B, n, width)."""
+        return llama.run(self.spatial_blocks, x, table, mask, *(cache or (None, 0, 0)))
+
+    def part_step(self, x: Tensor, table: Tensor, cache: LayerCache | None, mask: Mask | Tensor | None) -> Tensor:
+        """Through the small blocks and the norm."""
+        h: Tensor = self.norm(llama.run(self.factorized_blocks, x, table, mask, *(cache or (None, 0, 0))))
+        return h
+
+    def regions(self) -> list[Region]:
+        """What :func:`genkit.models.compiled.compile_regions` compiles: a step of one token. Several at once run without."""
+        return [Region(self, name, "one", INSIDE) for name in ("spatial_step", "part_step")]
 
     def load_state(self, path: str | os.PathLike[str]) -> Self:
         """Read the weights of a released file (``.ckpt``, ``.safetensors``) into this network, and put it in evaluation mode.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,25 +13,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import attention as attend
 from genkit.guidance.base import Perturbation
 
 # A context variable, not an attribute of the layers: other threads that use the same network do not see it.
 _ACTIVE: ContextVar[Mapping[nn.Module, Perturbation]] = ContextVar("perturbed_layers", default=MappingProxyType({}))
+# torch.compile cannot read a context variable. It can read this, and compiles anew where there is one to read.
+_traced = threading.local()
 
 
 @contextmanager
 def weakened(layers: Collection[nn.Module], perturbation: Perturbation) -> Iterator[None]:
     """Inside, :func:`active` names the perturbation to these layers, in this thread; of nested ones the innermost counts."""
     token = _ACTIVE.set({**_ACTIVE.get(), **dict.fromkeys(layers, perturbation)})
+    outermost = not hasattr(_traced, "weakened")
+    _traced.weakened = True
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+        if outermost:
+            del _traced.weakened
 
 
 def active(layer: nn.Module) -> Perturbation | None:
     """How the layer is weakened at present."""
+    if torch.compiler.is_compiling() and not hasattr(_traced, "weakened"):
+        return None
     return _ACTIVE.get().get(layer)
+
+
+def anything() -> bool:
+    """Whether any layer is weakened at present."""
+    return bool(_ACTIVE.get())
 
 
 def select(layers: Mapping[str, nn.Module], wanted: tuple[str, ...]) -> list[nn.Module]:
@@ -44,13 +59,21 @@ def select(layers: Mapping[str, nn.Module], wanted: tuple[str, ...]) -> list[nn.
     return list(found)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, perturbation: Perturbation | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height: int,
+    width: int,
+    perturbation: Perturbation | None = None,
+    default: str | None = None,
+) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over (B, heads, height * width, d), weakened: ``v`` ("identity"), blurred q ("blur")."""
     if perturbation is not None and perturbation.kind == "identity":
         return v
     if perturbation is not None and perturbation.kind == "blur":
         q = blur_queries(q, height, width, perturbation.sigma)
-    return F.scaled_dot_product_attention(q, k, v)
+    return attend(q, k, v, default=default)
 
 
 def blur_queries(query: Tensor, height: int, width: int, sigma: float = math.inf) -> Tensor:

@@ -67,6 +67,8 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Single-head-per-32-channels self-attention over all positions, with a residual connection that starts at zero."""
 
+    attention_backend: str | None = None
+
     def __init__(self, channels: int, groups: int, head_dim: int = 32) -> None:
         super().__init__()
         self.heads = max(1, channels // head_dim)
@@ -82,7 +84,7 @@ class SelfAttention(nn.Module):
             return x
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
         q, k, v = qkv.unbind(1)
-        y = perturb.attention(q, k, v, h, w, perturbation).transpose(-1, -2).reshape(b, c, h, w)
+        y = perturb.attention(q, k, v, h, w, perturbation, self.attention_backend).transpose(-1, -2).reshape(b, c, h, w)
         out: Tensor = x + self.out(y)
         return out
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genkit.guidance.base import Perturbation
 from genkit.models import perturb
 from genkit.models.autoregressive import Conditioned, KeyValueCache, LayerCache, Logits, Scales, wide
+from genkit.models.compiled import INSIDE, Region
 from genkit.models.var_layers import Block, Modulation, last
 from genkit.weights import fit, read_weights
 
@@ -170,6 +171,10 @@ class VAR(Conditioned):
         middle = (f"blocks.{len(layers) // 2}",)
         return perturb.weakened(perturb.select(layers, perturbation.layers or middle), perturbation)
 
+    def regions(self) -> list[Region]:
+        """What :func:`genkit.models.compiled.compile_regions` compiles: the blocks, once for all scales."""
+        return [Region(block, "forward", "many", ((), *INSIDE)) for block in self.blocks]
+
     def forward(
         self,
         inputs: Tensor,
@@ -200,10 +205,9 @@ class VAR(Conditioned):
         else:
             x = self.word_embed(inputs)
         x = x + (self.lvl_embed(self.lvl_1L[:, span]) + self.pos_1LC[:, span])
-        if mask is None:
-            mask = self.scales.mask(start, n, x.device)
+        look = self.scales.mask(start, n) if mask is None else mask
         for i, (block, modulation) in enumerate(zip(self.blocks, given["blocks"].unbind(1), strict=True)):
-            x = block(x, modulation, sides, None if cache is None else LayerCache(cache, i, start), mask)
+            x = block(x, modulation, sides, None if cache is None else LayerCache(cache, i, start), look)
         normed = self.head_nm(x, given["head"]).to(self.head.weight.dtype)
         return Logits(wide(self.head(normed)), x)
 

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import Mask
+from genkit.attention.kernels import gated_modulate, modulate, qk_norm_rope, usable
 from genkit.models import perturb
 from genkit.models.autoregressive import LayerCache, wide
+from genkit.models.compiled import attend
 
 
 def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulated(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """``norm(x) gain + shift``."""
+    return modulate(x, gain, shift, offset=0) if usable(x, gain, shift) else torch.addcmul(shift, layer_norm(x), gain)
 
 
 def last(layers: nn.Sequential) -> nn.Linear:
@@ -29,6 +37,7 @@ class Attention(nn.Module):
     0.25 / sqrt(head_dim).
     """
 
+    attention_backend: str | None = None
     zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
@@ -42,7 +51,7 @@ class Attention(nn.Module):
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
-    def forward(self, x: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Mask | Tensor | None) -> Tensor:
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -51,13 +60,16 @@ class Attention(nn.Module):
             out = v
         else:
             if hasattr(self, "scale_mul_1H11"):
-                q, k = F.normalize(qkv[..., :2, :, :], dim=-1).permute(2, 0, 3, 1, 4)
-                q = q * self.scale_mul_1H11.clamp(max=math.log(100)).exp().to(q.dtype)
+                gain = self.scale_mul_1H11.clamp(max=math.log(100)).exp()
+                if usable(qkv, gain):
+                    q, k = qk_norm_rope(q, k, norm="l2", q_weight=gain.reshape(-1, 1))
+                else:
+                    q, k = F.normalize(qkv[..., :2, :, :], dim=-1).permute(2, 0, 3, 1, 4)
+                    q = q * gain.to(q.dtype)
             if perturbation is not None:
                 scales = zip(q.split([p * p for p in sides], 2), sides, strict=True)
                 q = torch.cat([perturb.blur_queries(part, p, p, perturbation.sigma) for part, p in scales], 2)
-            k, v = (k, v) if cache is None else cache(k, v)
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+            out = attend(q, k, v, cache, mask, self.scale, self.attention_backend)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -104,13 +116,18 @@ class Block(nn.Module):
         return six + six.new_tensor([0, 0, 1, 1, 0, 0])[:, None]
 
     def forward(
-        self, x: Tensor, modulation: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Tensor | None
+        self, x: Tensor, modulation: Tensor, sides: tuple[int, ...], cache: LayerCache | None, mask: Mask | Tensor | None
     ) -> Tensor:
         if perturb.active(self):
             return x
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
-        x = torch.addcmul(x, gamma1, self.attn(torch.addcmul(shift1, layer_norm(x), scale1), sides, cache, mask))
-        return torch.addcmul(x, gamma2, self.ffn(torch.addcmul(shift2, layer_norm(x), scale2)))
+        looked = self.attn(modulated(x, scale1, shift1), sides, cache, mask)
+        if usable(x, looked, modulation):
+            x, h = gated_modulate(x, looked, gamma1, scale2, shift2, offset=0)
+        else:
+            x = torch.addcmul(x, gamma1, looked)
+            h = modulated(x, scale2, shift2)
+        return torch.addcmul(x, gamma2, self.ffn(h))
 
 
 class Modulation(nn.Module):

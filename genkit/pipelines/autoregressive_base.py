@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from genkit.denoiser import Condition, TraceLevel
 from genkit.guidance import Guidance, Trace
+from genkit.pipelines.compiling import Compiling
 from genkit.pipelines.images import to_pil, to_uint8
 from genkit.pipelines.output import Output
 from genkit.pipelines.request import as_guidance, batches, class_index, paired
@@ -70,7 +71,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class Autoregressive:
+class Autoregressive(Compiling):
     """What these pipelines share: conditions, batches, guidance, the decoder.
 
     Attributes:
@@ -134,6 +135,9 @@ class Autoregressive:
             if hasattr(module, "to"):
                 module.to(self.device)
         return self
+
+    def _compilable(self) -> list[Any]:
+        return list(self.models.values())
 
     def class_index(self, value: int | str) -> int:
         """Index of a class given by index or name. Raises ValueError naming what would work."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from genkit import noise
 from genkit.guidance.base import Perturbation
+from genkit.models.compiled import eagerly
 from genkit.pipelines.attach.perturb import weaken
 from genkit.pipelines.course import Course
 
@@ -43,6 +45,8 @@ class DiffusersDenoiser:
         rows = [noise.to_x0(r, one, *self.path(value), self.course.space) for r, one, value in zip(raw, x, values, strict=True)]
         return torch.stack(rows)
 
-    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[Any]:
+    @contextmanager
+    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
         """Inside the returned context the network is weakened. Raises ValueError if it cannot be, or lacks the layers."""
-        return weaken(self.network, perturbation, self.shape)
+        with weaken(self.network, perturbation, self.shape), eagerly():
+            yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,16 +13,20 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from genkit.attention import chosen, overrides, use_attention
 from genkit.denoiser import Guided, TraceLevel
 from genkit.guidance.base import Guidance, is_number
 from genkit.guidance.none import NoGuidance
 from genkit.guidance.trace import Trace
+from genkit.pipelines.attention_diffusers import switched
+from genkit.pipelines.compiling import Compiling
 from genkit.pipelines.course import Course
 from genkit.pipelines.diffusers_denoiser import DiffusersDenoiser
 from genkit.pipelines.diffusers_families import find_family, network_name, request
 from genkit.pipelines.diffusers_images import decode
 from genkit.pipelines.diffusers_run import Draw, Way, prepared, way_of
 from genkit.pipelines.diffusion import as_guidance
+from genkit.pipelines.hoist import hoist as hoisted
 from genkit.samplers.diffusion.loop import Sampler, Step, sample
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -37,14 +42,16 @@ class DiffusersOutput(ImagePipelineOutput):  # type: ignore[misc]  # diffusers h
         nfe: network rows evaluated for each image.
         calls: forward passes of the network.
         trace: one row per guided evaluation.
+        attention: what computed it, as :func:`genkit.attention.chosen` says; empty where that was left to diffusers.
     """
 
     nfe: list[int] = field(default_factory=list)
     calls: int = 0
     trace: Trace = field(default_factory=Trace)
+    attention: dict[str, Any] = field(default_factory=dict)
 
 
-class DiffusersPipeline:
+class DiffusersPipeline(Compiling):
     """Images from a diffusers model, by genkit's guidances and samplers.
 
     ``DiffusersPipeline.from_pretrained("folder or id")("a fox", guidance="Interval(CFG(7.5), 0.28, 5.42)")``. The model's parts,
@@ -87,6 +94,9 @@ class DiffusersPipeline:
         self.pipe.to(*args, **kwargs)
         return self
 
+    def _compilable(self) -> list[Any]:
+        return [self.network]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -111,6 +121,8 @@ class DiffusersPipeline:
         return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention: str | None = None,
+        hoist: bool = False,
         **encode: Any,
     ) -> DiffusersOutput | tuple[Any]:
         """Images for prompts, or for class labels.
@@ -139,6 +151,8 @@ class DiffusersPipeline:
                 what it returns may hold new latents. They are scaled as the pipeline's scheduler keeps them. ``pipe._interrupt =
                 True`` leaves out the steps that remain.
             callback_on_step_end_tensor_inputs: ``["latents"]`` is all there is.
+            attention: a backend of :mod:`genkit.attention` for this call; default: as the network was set.
+            hoist: compute what is the same at every step once, see :func:`genkit.pipelines.hoist.hoist`.
             encode: further arguments of the pipeline's own ``encode_prompt``: ``prompt_embeds``, ``clip_skip``...
 
         Raises:
@@ -158,15 +172,27 @@ class DiffusersPipeline:
         nets = {k: DiffusersDenoiser(m, course, draw.shape) if isinstance(m, type(self.network)) else m for k, m in nets.items()}
         run = Guided(nets, rule, conditions, len(x), trace, draw.seeds)
         self.pipe._interrupt = False
-        with self.pipe.progress_bar(total=len(way.sigmas) - 1) as bar:
+        computing = self._computing(attention, hoist, scheduler.timesteps)
+        with self.pipe.progress_bar(total=len(way.sigmas) - 1) as bar, computing as choice:
             solver = self._watched(way, course, callback_on_step_end, bar)
             x = sample(run, x, way.sigmas, solver, way.path, draw)
         end = float(way.sigmas[-1])
         x = x * (course.path(end)[0] / way.path(end)[0])  # a scheduler may end a little above 0
         images = decode(self.pipe, x, output_type)
         self.pipe.maybe_free_model_hooks()
-        out = DiffusersOutput(images, run.ledger.nfe, run.ledger.calls, run.trace)
+        out = DiffusersOutput(images, run.ledger.nfe, run.ledger.calls, run.trace, choice)
         return out if return_dict else (images,)
+
+    @contextmanager
+    def _computing(self, attention: str | None, hoist: bool, timesteps: Tensor) -> Iterator[dict[str, Any]]:
+        """Inside, the network computes as the call asks for; gives what to record of its attention."""
+        with ExitStack() as stack:
+            if attention is not None:
+                stack.enter_context(switched(self.network, "auto"))
+                stack.enter_context(use_attention(attention))
+            if hoist:
+                stack.enter_context(hoisted(self.network, timesteps))
+            yield chosen(self.network) if overrides(self.network) else {}
 
     def _guidance(self, guidance: Guidance | str | float | None, scale: float | None) -> Guidance:
         if guidance is not None and scale is not None:

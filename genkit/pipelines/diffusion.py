@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from genkit import noise
 from genkit.denoiser import Denoiser, Guided, TraceLevel
 from genkit.guidance import Guidance, Trace
 from genkit.guidance.base import Result, StepInfo
+from genkit.pipelines.compiling import Compiling
 from genkit.pipelines.output import Output
 from genkit.pipelines.request import as_guidance, batches, class_index, paired
 from genkit.random import Gaussian
@@ -22,7 +24,7 @@ from genkit.samplers.diffusion.loop import Callback, points
 
 
 @dataclass
-class ClassPipeline:
+class ClassPipeline(Compiling):
     """Class labels in, images out: ``pipe(classes=[3, "ship"], seeds=[0, 1], guidance=Interval(CFG(3.0), 0.28, 5.42))``.
 
     Attributes:
@@ -54,6 +56,10 @@ class ClassPipeline:
             if isinstance(model, torch.nn.Module):
                 model.to(self.device)
         return self
+
+    def _compilable(self) -> list[Any]:
+        denoisers = [model for model in self.models.values() if hasattr(model, "path")]
+        return [getattr(denoiser, "network", denoiser) for denoiser in denoisers]
 
     def __call__(
         self,

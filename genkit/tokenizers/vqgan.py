@@ -9,6 +9,8 @@ from itertools import zip_longest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genkit.attention import attention
+
 
 def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -34,6 +36,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head over all positions, added to its input. ``fused``: q, k and v from one convolution."""
 
+    attention_backend: str | None = None
+
     def __init__(self, channels: int, fused: bool) -> None:
         super().__init__()
         self.norm, self.proj_out = norm(channels), nn.Conv2d(channels, channels, 1)
@@ -46,7 +50,7 @@ class Attention(nn.Module):
         h = self.norm(x)
         qkv = self.qkv(h).chunk(3, 1) if hasattr(self, "qkv") else (self.q(h), self.k(h), self.v(h))
         q, k, v = (part.flatten(2).transpose(1, 2)[:, None] for part in qkv)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        h = attention(q, k, v, default=self.attention_backend)[:, 0].transpose(1, 2).reshape(x.shape)
         out: Tensor = x + self.proj_out(h)
         return out
 

@@ -55,6 +55,7 @@ def test_results_say_how_they_were_made(runner: Runner, pipe: FakePipeline) -> N
     assert found["generation"]["model_sha256"] == "f" * 64
     assert {"python", "torch", "numpy", "genkit"} <= set(found["versions"])
     assert {"cpu", "cores"} <= set(found["hardware"])
+    assert {"backend", "asked_by", "torch"} <= set(found["attention"])
     assert found["date"].endswith("Z")
     entry = found["guidances"][0]
     # Those of layers that the stand-in does not make have no number.

@@ -88,7 +88,7 @@ def test_a_mask_given_is_the_one_used() -> None:
     inputs, label = first(tensors["tf.x_wo_first"]), tensors["label"]
     everything = torch.ones(103, 103, dtype=torch.bool)
     assert (model(inputs, label, mask=everything).logits - tensors["tf.logits_cond"]).abs().max() > 1e-2
-    rows = model.scales.mask(0, 103, torch.device("cpu")).expand(2, 1, 103, 103)
+    rows = model.scales.mask(0, 103).dense(103, 103, "cpu").expand(2, 1, 103, 103)
     golden.close(model(inputs, label, mask=rows).logits, tensors["tf.logits_cond"])
 
 
@@ -105,9 +105,7 @@ def test_buffers_are_the_official_ones() -> None:
     model = VAR(VARConfig(1, 8, 2, (1, 2, 3, 5, 8), 16, 4))
     assert torch.equal(model.lvl_1L, tensors["state_dict.lvl_1L"])
     assert torch.equal(model.attn_bias_for_masking, tensors["state_dict.attn_bias_for_masking"])
-    found = model.scales.mask(0, 103, torch.device("cpu"))
-    assert found is not None
-    assert torch.equal(found, model.attn_bias_for_masking[0, 0] == 0)
+    assert torch.equal(model.scales.mask(0, 103).dense(103, 103, "cpu"), model.attn_bias_for_masking[0, 0] == 0)
 
 
 def test_both_shapes_of_the_attention_scale_and_the_wrapper_of_the_training_are_read(tmp_path: Any) -> None:

@@ -127,12 +127,12 @@ def run_of(net: LlamaGen, t: dict[str, Tensor], rows: int = 1, guidance: Guidanc
     return TreeLogits(net, guidance, conditions, rows)
 
 
-def padding_as_released(start: Any, n: int, seen: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+def padding_as_released(start: Any, n: int, seen: Tensor | None = None, mask: Tensor | None = None, device: Any = None) -> Any:
     """What padding sees in LANTERN: two masks of -3e38 are added, so that it sees what only one of them hides.
 
     Nothing but the drafter ever reads the features of padding; drafted trees depend on them, and greedy tokens do not.
     """
-    look = CAUSAL(start, n, seen, mask)
+    look = CAUSAL(start, n, seen, mask, device)
     if seen is None or look is None or mask is not None or start != 0:
         return look
     keys = torch.ones(n, n, dtype=torch.bool).tril() | seen.bool()[:, None]

@@ -14,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from genkit.guidance.base import Perturbation
 from genkit.models import perturb
+from genkit.pipelines.attach.attend import attend
 from genkit.pipelines.attach.replace import replaced
 
 Tokens = Literal["all", "first", "last"]
+ATTENTIONS = (scaled_dot_product_attention, attend)
 
 # Blocks by class: their self-attention, which of its tokens are the image's, and whether the block returns (text, image).
 BLOCKS: dict[str, tuple[str, Tokens, bool]] = {
@@ -103,30 +105,31 @@ def _weakened(attention: nn.Module, perturbation: Perturbation, tokens: Tokens, 
 
 
 class _Attention(TorchFunctionMode):
-    """Inside, ``scaled_dot_product_attention`` is weakened for the image's tokens, whichever attention processor calls it."""
+    """Inside, ``scaled_dot_product_attention``, torch's or genkit's, is weakened for the image, whichever processor calls it."""
 
     def __init__(self, perturbation: Perturbation, tokens: Tokens, image: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.perturbation, self.tokens, self.image, self.shape, self.used = perturbation, tokens, image, shape, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not scaled_dot_product_attention:
+        if func not in ATTENTIONS:
             return func(*args, **(kwargs or {}))
         self.used = True
-        return self.attend(*args, **(kwargs or {}))
+        return self.attend(func, *args, **(kwargs or {}))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attend(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         n, length = self.image, query.shape[-2]
         start = length - n if self.tokens == "last" else 0
         if self.perturbation.kind == "identity":
             if n == length:
                 return value
-            out = scaled_dot_product_attention(query, key, value, *args, **kwargs)
+            out = func(query, key, value, *args, **kwargs)
             return torch.cat([out[..., :start, :], value[..., start : start + n, :], out[..., start + n :, :]], -2)
         height, width = self.grid(n)
         blurred = perturb.blur_queries(query[..., start : start + n, :], height, width, self.perturbation.sigma)
         query = torch.cat([query[..., :start, :], blurred, query[..., start + n :, :]], -2)
-        return scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        weakened: Tensor = func(query, key, value, *args, **kwargs)
+        return weakened
 
     def grid(self, n: int) -> tuple[int, int]:
         """Height and width of the tokens, the image being reduced by a power of 2."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from genkit.attention.kernels import sample_logits, usable
 from genkit.guidance.base import check_count, check_number
 from genkit.random import check_seeds, generator
 
@@ -111,14 +112,22 @@ class Race:
             ValueError: another number of rows than of seeds.
         """
         self._check(probabilities)
-        shape = probabilities.shape[1:]
-        waits = [torch.empty(shape).exponential_(generator=generator(seed, STREAM, *key)) for seed in self.seeds]
-        return (probabilities / torch.stack(waits).to(probabilities)).argmax(-1)
+        return (probabilities / self._waits(probabilities, *key)).argmax(-1)
 
     def draw(self, logits: Tensor, filters: Filters, *key: int) -> Tensor:
         """Tokens (B, ...) from logits (B, ..., V); at temperature 0 no numbers are drawn. Raises as a call does."""
         self._check(logits)
-        return logits.argmax(-1) if filters.temperature == 0 else self(filters.probabilities(logits), *key)
+        f = filters
+        if f.temperature == 0:
+            return logits.argmax(-1)
+        if usable(logits):
+            options: dict[str, Any] = {"temperature": f.temperature, "top_k": f.top_k, "top_p": f.top_p, "order": f.order}
+            return sample_logits(logits, self._waits(logits, *key), **options)
+        return self(f.probabilities(logits), *key)
+
+    def _waits(self, like: Tensor, *key: int) -> Tensor:
+        rows = [torch.empty(like.shape[1:]).exponential_(generator=generator(seed, STREAM, *key)) for seed in self.seeds]
+        return torch.stack(rows).to(like)
 
     def _check(self, rows: Tensor) -> None:
         if len(rows) != len(self.seeds):

@@ -93,15 +93,15 @@ def next_scale(
     indices = torch.empty(guided.batch, 0, dtype=torch.long, device=like.device)
     f_hat = None
     for k in range(len(sides)):
-        logits = filters(guided.logits(inputs, k, len(sides)))
-        tokens = race(logits.softmax(-1), k)
+        logits = guided.logits(inputs, k, len(sides))
+        tokens = race.draw(logits, filters, k)
         fixed = None if given is None else given.to(tokens)[:, indices.shape[1] : indices.shape[1] + tokens.shape[1]]
         if fixed is not None:
             tokens = torch.where(fixed < 0, tokens, fixed)
         codes = quantizer.codes(tokens)
         if smooth:
             ratio = k / (len(sides) - 1) if len(sides) > 1 else 0.0
-            mixed = mixture(logits, _waits(seeds, logits, k), ratio).to(codes.dtype) @ quantizer.table()
+            mixed = mixture(filters(logits), _waits(seeds, logits, k), ratio).to(codes.dtype) @ quantizer.table()
             codes = mixed if fixed is None else torch.where((fixed < 0)[..., None], mixed, codes)
         indices = torch.cat((indices, tokens), 1)
         f_hat, following = quantizer.step(f_hat, codes, k)
