@@ -33,7 +33,7 @@ def attention(
         default: what the calling network asks for, see :func:`set_attention`.
 
     Raises:
-        ValueError: shapes that do not fit together, or a mask that does not fit them.
+        ValueError: shapes or dtypes that do not fit together, or a mask that does not fit them.
         Unavailable: a ValueError, the backend that is asked for cannot be used here, or not for this call.
     """
     qs, ks, vs = q.shape, k.shape, v.shape
@@ -43,6 +43,8 @@ def attention(
     kv_batch, kv_heads, k_len, key_dim = ks
     if kv_batch != batch or key_dim != head_dim or vs[:3] != ks[:3] or not kv_heads or heads % kv_heads:
         raise ValueError(_misfit(q, k, v))
+    if (q.dtype is not k.dtype or k.dtype is not v.dtype) and not torch.is_autocast_enabled(q.device.type):
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give all three in one dtype")
     if mask is not None and not isinstance(mask, Tensor):
         if not isinstance(mask, Mask):
             raise ValueError(f"mask is {mask!r}; {EXPECTED}")

@@ -270,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     parser = argparse.ArgumentParser(prog="python -m genkit.attention.cost", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--sides", type=_sides, help="scales, such as 1,2,4,8; token by token, the last of them is the side of the grid")
+    parser.add_argument(
+        "--sides", type=_sides, help="scales, such as 1,2,4,8; token by token, the last of them is the side of the grid"
+    )
     parser.add_argument("--steps", type=int, help="of diffusion; default 50")
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--branches", type=int, default=2, help="rows per image: 2 under guidance, 1 without")

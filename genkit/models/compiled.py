@@ -152,7 +152,9 @@ class Compiled:
             self._run = torch.compile(self.function, **{"recompile_limit": 2 * MOST_SHAPES, **alike, **self.options})
         if self.length == "many":
             torch._dynamo.mark_dynamic(args[0], 1)
-        graphs = args[0].device.type == "cuda" and self.options.get("mode") == "reduce-overhead"
+        graphs = self.options.get("mode") == "reduce-overhead" and any(
+            isinstance(value, Tensor) and value.is_cuda for value in torch.utils._pytree.tree_leaves((args, kwargs))
+        )
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with torch._inductor.config.patch(freezing=True) if new and self.freeze else nullcontext():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from genkit import noise
 from genkit.guidance.base import Perturbation
-from genkit.models.compiled import eagerly
 from genkit.pipelines.attach.perturb import weaken
 from genkit.pipelines.course import Course
 
@@ -45,8 +43,6 @@ class DiffusersDenoiser:
         rows = [noise.to_x0(r, one, *self.path(value), self.course.space) for r, one, value in zip(raw, x, values, strict=True)]
         return torch.stack(rows)
 
-    @contextmanager
-    def perturbed(self, perturbation: Perturbation) -> Iterator[None]:
+    def perturbed(self, perturbation: Perturbation) -> AbstractContextManager[Any]:
         """Inside the returned context the network is weakened. Raises ValueError if it cannot be, or lacks the layers."""
-        with weaken(self.network, perturbation, self.shape), eagerly():
-            yield
+        return weaken(self.network, perturbation, self.shape)

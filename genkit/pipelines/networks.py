@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from genkit.pipelines.compiling import Compiling
+
 NAMES = ("unet", "transformer", "transformer_2", "prior", "controlnet")
 
 
@@ -19,8 +21,8 @@ def networks(target: Any) -> list[nn.Module]:
         return [target]
     pipe = getattr(target, "pipe", target)
     found = [part for name in NAMES if isinstance(part := getattr(pipe, name, None), nn.Module)]
-    if not found and isinstance(getattr(pipe, "network", None), nn.Module):
-        found = [pipe.network]
+    if not found and isinstance(target, Compiling):
+        found = [network for network in target._compilable() if isinstance(network, nn.Module)]
     if not found:
         raise ValueError(
             f"{type(target).__name__} is no network, and has none: give a network, or a pipeline with {', '.join(NAMES)}"

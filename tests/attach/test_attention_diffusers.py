@@ -349,3 +349,9 @@ CALLS: dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]] = {
 def test_the_call_means_what_torch_means(call: str, backend: str) -> None:
     args, options = CALLS[call]
     assert distance(attend(*args, **options, default=backend), scaled_dot_product_attention(*args, **options)) < 1e-6
+
+
+def test_a_mask_beside_is_causal_means_what_it_means_to_torch() -> None:
+    x = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False, True], [False, True, True], [True, False, False]])
+    assert torch.equal(attend(x, x, x, mask, is_causal=True), scaled_dot_product_attention(x, x, x, mask, is_causal=True))

@@ -139,6 +139,14 @@ def test_shapes_that_do_not_fit(q: tuple[int, ...], k: tuple[int, ...], v: tuple
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(v))
 
 
+def test_dtypes_that_do_not_fit() -> None:
+    q, half = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="give all three in one dtype"):
+        attention(q, q, half)
+    with torch.autocast("cpu", torch.bfloat16):  # which casts them itself
+        assert attention(q, q, half).dtype is torch.bfloat16
+
+
 def test_masks_that_do_not_fit() -> None:
     from genkit.attention import Padding
 

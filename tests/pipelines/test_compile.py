@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import genkit
+from genkit.attention import overrides
 from genkit.guidance.base import Perturbation
 from genkit.models.compiled import MOST_SHAPES, Compiled, compile_regions, regions_of
 from genkit.models.flowar import FlowAR, FlowARConfig
@@ -128,6 +129,32 @@ def test_diffusers_models(name):
         assert (images("PAG(2.0)") - weakened).abs().max() <= 1e-4
     pipe.compile(None)
     assert torch.equal(images(), wanted)
+
+
+@pytest.mark.parametrize("guidance", ["CFG(3.0)", "PAG(2.0)"])
+def test_pipelines_of_diffusers_guide_a_network_that_is_compiled(guidance):
+    raw, counter = copy.deepcopy(tiny_diffusers.sd15()), CompileCounter()
+
+    def images():
+        source = torch.Generator().manual_seed(0)
+        with genkit.attach(raw, guidance):
+            return raw("a cat", num_inference_steps=3, output_type="latent", generator=source).images
+
+    wanted = images()
+    DiffusersPipeline(raw).compile(counter)
+    assert (images() - wanted).abs().max() <= 1e-4
+    assert counter.frame_count == 1  # a weakened network runs as it is
+
+
+@pytest.mark.parametrize("kind", ["token", "class"])
+def test_set_attention_reaches_all_networks_of_a_pipeline(kind):
+    pipe = build(kind)
+    pipe.models["weak"] = copy.deepcopy(pipe.models["main"])
+    for backend in ("reference", None):
+        genkit.set_attention(pipe, backend)
+        for model in (pipe.models["main"], pipe.models["weak"]):
+            found = overrides(getattr(model, "network", model))
+            assert set(found.values()) == ({backend} if backend else set())
 
 
 def test_compile_none_undoes_it():

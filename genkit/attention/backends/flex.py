@@ -53,7 +53,9 @@ class Flex(AttentionBackend):
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # Beyond the limit it would run unfused, with all scores in memory.
+    options: dict[str, Any] = {"recompile_limit": 64}
+    return torch.compile(flex_attention, **options)
 
 
 def block_mask(mask: Mask, q: Tensor, k_len: int) -> BlockMask:

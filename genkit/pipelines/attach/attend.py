@@ -36,7 +36,8 @@ def attend(
         )
         return out
     added = attn_mask is not None and attn_mask.dtype is not torch.bool
-    if added or dropout_p or not query.ndim == key.ndim == value.ndim == 4:
+    both = is_causal and attn_mask is not None  # what that means is torch's to say
+    if added or dropout_p or both or not query.ndim == key.ndim == value.ndim == 4:
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

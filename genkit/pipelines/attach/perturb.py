@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from genkit.guidance.base import Perturbation
 from genkit.models import perturb
+from genkit.models.compiled import eagerly
 from genkit.pipelines.attach.attend import attend
 from genkit.pipelines.attach.replace import replaced
 
@@ -34,7 +35,7 @@ _found: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 @contextmanager
 def weaken(module: nn.Module, perturbation: Perturbation, shape: tuple[int, ...]) -> Iterator[None]:
-    """Inside, layers of a diffusers network are weakened. They are put back however it ends.
+    """Inside, layers of a diffusers network are weakened, and it runs uncompiled. They are put back however it ends.
 
     Layers are named as in ``module.named_modules()``, up to the block, ``"mid_block.attentions.0.transformer_blocks.0"``, or by
     the beginning of such a name; blocks of a transformer also by number, ``"7"``. ``"mid"``, the default, are those of a UNet's
@@ -52,7 +53,7 @@ def weaken(module: nn.Module, perturbation: Perturbation, shape: tuple[int, ...]
         raise ValueError(
             f"{type(module).__name__} cannot be weakened in its layers: genkit knows only blocks of {', '.join(BLOCKS)}"
         )
-    with ExitStack() as stack:
+    with eagerly(), ExitStack() as stack:
         for block in perturb.select(blocks, perturbation.layers or ("mid",)):
             name, tokens, pair = BLOCKS[type(block).__name__]
             if perturbation.kind == "skip":
