@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 EVAL_OUT ?= runs/quickstart
 EVAL_ARGS ?=
+HOST ?= 127.0.0.1
+PORT ?= 7860
+ARGS ?=
 TEST_ARGS ?=
 UV ?= uv
 
@@ -14,13 +17,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help eval test install lock clean
+.PHONY: help eval demo test install lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 eval: $(INSTALLED) ## generate with the built-in model under five guidances, score, write runs/quickstart (EVAL_ARGS="--num-samples 100" for less)
 	$(BIN)/genkit-eval quickstart --out $(EVAL_OUT) $(EVAL_ARGS)
+
+demo: $(INSTALLED) ## start the Gradio app at http://HOST:PORT (ARGS="--model PATH --runs runs" for more; genkit-demo --help lists all)
+	$(BIN)/genkit-demo --host $(HOST) --port $(PORT) $(ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(INSTALLED) ## lint, types and tests (TEST_ARGS="-m 'not slow'" for less)
@@ -32,7 +38,7 @@ test: $(INSTALLED) ## lint, types and tests (TEST_ARGS="-m 'not slow'" for less)
 	@echo "==> tests"
 	$(BIN)/python -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
-install: $(INSTALLED) ## set up .venv with everything that eval and test need
+install: $(INSTALLED) ## set up .venv with everything that the other targets need
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

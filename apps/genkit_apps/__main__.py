@@ -1,0 +1,3 @@
+from genkit_apps.cli import main
+
+main()
