@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from PIL.Image import Image
 
@@ -41,6 +41,10 @@ class Event:
     total: int = 0
     images: tuple[Image | None, ...] = ()
     text: str = ""
+
+    def place(self) -> dict[str, Any]:
+        """How far the job is, for programs."""
+        return {"step": self.step, "total": self.total, "text": self.text}
 
 
 class Job:

@@ -40,6 +40,11 @@ class Model:
         return self.class_names[index] if self.class_names else f"class {index}"
 
     @property
+    def choices(self) -> list[str]:
+        """What may be chosen as a class: names, or numbers where there are none; empty for models of text."""
+        return list(self.class_names) or [str(k) for k in range(self.num_classes or 0)]
+
+    @property
     def diffusers(self) -> bool:
         """Whether the pipeline is one of diffusers, whose arguments differ."""
         return type(self.pipe).__name__ == "DiffusersPipeline"

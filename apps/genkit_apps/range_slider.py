@@ -71,10 +71,11 @@ function take(value) {
   if (Array.isArray(value) && value.length === 2 && value.every(v => Number.isFinite(Number(v)))) now = value.map(Number);
   show();
 }
-let waiting, sent = null;
+const sent = new Map();  // to the time
+let waiting;
 function commit() {  // arrow keys come in bursts
   clearTimeout(waiting);
-  waiting = setTimeout(() => { sent = String(now); props.value = [...now]; trigger('release'); }, 250);
+  waiting = setTimeout(() => { sent.set(String(now), Date.now()); props.value = [...now]; trigger('release'); }, 250);
 }
 for (const [input, own] of [[low, 0], [high, 1]]) {
   input.addEventListener('input', () => {
@@ -97,10 +98,11 @@ for (const v of props.ticks) {
   tick.textContent = v; tick.style.left = `${100 * (1 - place(v) / N)}%`;
   ticks.append(tick);
 }
-// Its own value comes back late on a busy machine, when the ends may have moved on.
+// Its own values come back late on a busy machine, when the ends may have moved on.
 watch('value', () => {
-  if (String(props.value) === sent) return;
-  sent = null; clearTimeout(waiting); take(props.value);
+  const value = String(props.value);
+  if (value === String(now) || Date.now() - sent.get(value) < 10000) return;
+  sent.clear(); clearTimeout(waiting); take(props.value);
 });
 take(props.value);
 """

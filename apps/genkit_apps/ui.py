@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from genkit_apps import jobs
 from genkit_apps.jobs import Event
 from genkit_apps.limits import Refused
 
@@ -68,6 +69,30 @@ def progress(event: Event) -> str:
         f'aria-valuenow="{event.step}"><div class="gk-bar" style="width:{share:.1f}%"></div>'
         f"<span>{text} · {event.step}/{event.total}</span></div>"
     )
+
+
+def beside(controls: Callable[[], None], results: Callable[[], None]) -> None:
+    """The layout of a tab of one image: its controls, and a wider column of what comes out."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            controls()
+        with gr.Column(scale=5, min_width=320):
+            results()
+
+
+def work_key(tab: str, request: gr.Request) -> str:
+    """Under which the job of a session's tab is found; "" for a caller without a session."""
+    return f"{tab} {request.session_hash}" if request.session_hash else ""
+
+
+def canceller(tab: str) -> Callable[[gr.Request], str]:
+    """For a tab's Cancel: stops the session's run at its next step."""
+
+    def cancel(request: gr.Request) -> str:
+        """Stop the run of this session at its next step."""
+        return note("Cancelling at the next step." if jobs.cancel(work_key(tab, request)) else "Nothing is running.")
+
+    return cancel
 
 
 def unexpected(error: BaseException) -> gr.Error:

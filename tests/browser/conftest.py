@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 if TYPE_CHECKING:  # so that the tests are collected, and skipped, where playwright is not installed
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
     from tests.browser.server import Server
 
@@ -102,6 +103,17 @@ def choose_tab(page: Page, name: str) -> None:
         tab = page.locator("#tabs .overflow-dropdown").get_by_text(name, exact=True)
     tab.click()
     page.locator(f"#tab-{name.lower()}").wait_for()
+
+
+def pick(control: Locator, option: str | re.Pattern[str]) -> None:
+    """Choose from a list. An earlier list fades out slowly on a busy machine, and its options are found as well."""
+    from playwright.sync_api import expect
+
+    options = control.page.get_by_role("option")
+    expect(options).to_have_count(0)
+    control.click()
+    control.page.get_by_role("option", name=option, exact=True).click()
+    expect(options).to_have_count(0)
 
 
 FAILED = pytest.StashKey[bool]()

@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, pick
 
 
 def draw(page: Page) -> None:
@@ -38,8 +38,7 @@ def test_without_speculative_decoding_a_pass_settles_one_token(visit: Open) -> N
 
 def test_a_next_scale_model_shows_its_scales(visit: Open) -> None:
     page = visit("Autoregressive")
-    page.locator("#ar-model").get_by_role("combobox").click()
-    page.get_by_role("option", name=re.compile("next-scale")).first.click()
+    pick(page.locator("#ar-model").get_by_role("combobox"), "builtin/cifar10-next-scale")
     expect(page.get_by_label("Speculative decoding")).to_be_hidden()
     draw(page)
     expect(page.locator("#ar-scales img").first).to_be_visible()

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, pick
 
 
 def field(page: Page, name: str) -> Locator:
@@ -88,7 +88,7 @@ def test_controls_follow_the_method_and_the_expression_follows_them(visit: Open)
     expect(expression).to_have_value("CFG(3.0)")
     card.get_by_label("scale", exact=True).fill("4.5")
     expect(expression).to_have_value("CFG(4.5)")
-    pick(page, "Method 2", "APG")
+    pick(field(page, "Method 2"), "APG")
     expect(card.get_by_label("momentum", exact=True)).to_be_visible()
     expect(expression).to_have_value(re.compile(r"^APG\("))
     expression.fill("Interval(CFG(2.0), 0.3, 4.0)")
@@ -96,7 +96,7 @@ def test_controls_follow_the_method_and_the_expression_follows_them(visit: Open)
     expect(field(page, "Method 2")).to_have_value("Interval")
     expect(card.get_by_label("high", exact=True)).to_have_value("4")
     expect(card.get_by_label("momentum", exact=True)).to_have_count(0)
-    pick(page, "Method 2", "none")
+    pick(field(page, "Method 2"), "none")
     expect(expression).to_have_value("none")
     expect(card.get_by_label("high", exact=True)).to_have_count(0)
 
@@ -182,9 +182,3 @@ def settle(control: Locator) -> None:
     while (mark := control.evaluate("e => e.mark ??= Math.random()")) != seen:
         seen = mark
         control.page.wait_for_timeout(1500)
-
-
-def pick(page: Page, label: str, option: str) -> None:
-    """Choose from a list."""
-    field(page, label).click()
-    page.get_by_role("option", name=option, exact=True).click()

@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, pick
 from tests.browser.server import GUIDANCES, RUN
 
 
@@ -48,10 +48,8 @@ def test_a_click_on_a_heading_sorts_by_number(opened: Page) -> None:
 def test_the_plot_follows_its_axes(opened: Page) -> None:
     plot = opened.locator("#results-plot").get_by_role("img").first
     before = plot.get_attribute("alt") or plot.get_attribute("aria-label")
-    opened.get_by_label("Across").click()
-    opened.get_by_role("option", name=re.compile("^NFE")).click()
-    opened.get_by_label("Up").click()
-    opened.get_by_role("option", name=re.compile("^recall", re.IGNORECASE)).click()
+    pick(opened.get_by_label("Across"), re.compile("^NFE"))
+    pick(opened.get_by_label("Up"), re.compile("^recall", re.IGNORECASE))
     plot = opened.get_by_role("img", name=re.compile("recall.* over NFE", re.IGNORECASE)).first
     expect(plot).to_be_visible()
     assert before is not None

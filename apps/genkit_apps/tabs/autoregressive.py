@@ -16,7 +16,7 @@ from genkit_apps.fields import Fields
 from genkit_apps.generation import Asked, Request, check_guidance
 from genkit_apps.limits import Refused
 from genkit_apps.tables import Cell, Heading, sortable, table
-from genkit_apps.ui import AT_ONCE, MODEL_WORK, api_note, guarded, note, progress
+from genkit_apps.ui import AT_ONCE, MODEL_WORK, api_note, beside, canceller, guarded, note, progress, work_key
 
 TITLE = "Autoregressive"
 ABOUT = (
@@ -48,11 +48,7 @@ def build(app: Context) -> None:
     """Draw the tab."""
     tab = _Tab(app)
     gr.Markdown(ABOUT)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            tab.controls()
-        with gr.Column(scale=5, min_width=320):
-            tab.results()
+    beside(tab.controls, tab.results)
     tab.events()
     gr.api(tab.endpoint(), api_name="autoregressive", concurrency_id="model", concurrency_limit=1)
     api_note(API, CODE, "ar-api")
@@ -67,7 +63,8 @@ class _Tab:
         first = self.names[0]
         self.model = gr.Dropdown(self.names, value=first, label="Model", elem_id="ar-model")
         self.fields.slot("model")
-        choices, text = _classes(self.app, first), self.app.models.get(first).num_classes is None
+        model = self.app.models.get(first)
+        choices, text = model.choices, model.num_classes is None
         self.label = gr.Dropdown(
             choices, value=choices[7 % len(choices)] if choices else None, label="Class", elem_id="ar-class",
             allow_custom_value=True, visible=not text,
@@ -120,7 +117,7 @@ class _Tab:
         asked = [self.model, self.label, self.prompt, self.seed, self.guidance, self.temperature, *draft, self.kept]
         shown = [self.status, self.image, self.map, self.scales, self.runs, self.kept, *self.fields.outputs]
         self.run.click(guarded(self.work), asked, shown, api_name="autoregressive_draw", **MODEL_WORK)
-        self.cancel.click(guarded(_cancel), None, self.status, api_name="autoregressive_cancel", **AT_ONCE)
+        self.cancel.click(guarded(canceller("autoregressive")), None, self.status, api_name="autoregressive_cancel", **AT_ONCE)
         self.speculative.change(
             lambda on: gr.update(visible=bool(on)),
             self.speculative,
@@ -145,7 +142,7 @@ class _Tab:
             draft = Draft(budget, k, tree, length) if speculative else None
             ask, work = self.planned(Asked(model, label, prompt, seed), guidance, temperature, draft, live)
             use = draft is not None and ask.model.kind == "next-token"
-            for event in jobs.stream(work, _key(request)):
+            for event in jobs.stream(work, work_key("autoregressive", request)):
                 if isinstance(event, Drawing):
                     how = f"speculative: {f'budget {budget:g}, k {k}' if budget else 'exact'}, {tree}" if use else "one by one"
                     yield [*_done(event, ask, how, kept), *self.fields.told()]
@@ -209,7 +206,7 @@ class _Tab:
                     if isinstance(event, Drawing):
                         yield _plain(event)
                     else:
-                        yield {"step": event.step, "total": event.total, "text": event.text}
+                        yield event.place()
             except ValueError as error:
                 raise _refused(error) from None
 
@@ -218,7 +215,7 @@ class _Tab:
     def choose(self, name: str) -> list[Any]:
         """The controls that a model has."""
         model = self.app.models.get(name)
-        choices, text, by_token = _classes(self.app, name), model.num_classes is None, model.kind == "next-token"
+        choices, text, by_token = model.choices, model.num_classes is None, model.kind == "next-token"
         side = _side(model.pipe.steps) if by_token else 8
         return [
             gr.update(choices=choices, value=choices[7 % len(choices)] if choices else None, visible=not text),
@@ -307,21 +304,6 @@ def _scales(images: Sequence[Image]) -> str:
 
 def _side(tokens: int) -> int:
     return max(math.isqrt(tokens), 1)
-
-
-def _classes(app: Context, name: str) -> list[str]:
-    model = app.models.get(name)
-    return list(model.class_names) or [str(k) for k in range(model.num_classes or 0)]
-
-
-def _key(request: gr.Request) -> str:
-    """Under which this session's job is found; "" for a caller without a session."""
-    return f"autoregressive {request.session_hash}" if request.session_hash else ""
-
-
-def _cancel(request: gr.Request) -> str:
-    """Stop the run of this session at its next step."""
-    return note("Cancelling at the next step." if jobs.cancel(_key(request)) else "Nothing is running.")
 
 
 __all__ = ["TITLE", "build"]

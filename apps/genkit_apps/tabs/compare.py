@@ -156,7 +156,7 @@ def _fields_of(app: Context, name: str) -> dict[str, dict[str, Any]]:
     """What the fields offer for a model."""
     model = app.models.get(name)
     diffusion, texts = model.kind == "diffusion", model.num_classes is None
-    names = list(model.class_names) or [str(k) for k in range(model.num_classes or 0)]
+    names = model.choices
     first = [names[k] for k in (1, 7) if k < len(names)] or names[:1]
     samplers = [BRIDGE, *SAMPLERS] if model.diffusers else list(SAMPLERS)
     return {
@@ -315,7 +315,7 @@ def _endpoint(app: Context) -> Any:
             raise gr.Error("; ".join(f"{k}: {v}" for k, v in planned.problems.items()), print_exception=False)
         for snapshot in compare(planned.request, planned.guidances, app.limits):
             if snapshot.event is not None:
-                yield {"step": snapshot.event.step, "total": snapshot.event.total, "text": snapshot.event.text}
+                yield snapshot.event.place()
             else:
                 yield as_plain(planned.request, snapshot.columns)
 

@@ -19,7 +19,7 @@ from genkit_apps.generation import Asked, Request, check_guidance
 from genkit_apps.limits import Refused
 from genkit_apps.range_slider import range_slider
 from genkit_apps.trajectories import Trajectory, band, follow, limited
-from genkit_apps.ui import AT_ONCE, MODEL_WORK, api_note, guarded, note, progress
+from genkit_apps.ui import AT_ONCE, MODEL_WORK, api_note, beside, canceller, guarded, note, progress, work_key
 
 TITLE = "Trajectory"
 WHOLE = (0.0, 80.0)
@@ -46,11 +46,7 @@ def build(app: Context) -> None:
     """Draw the tab."""
     tab = _Tab(app)
     gr.Markdown(ABOUT)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            tab.controls()
-        with gr.Column(scale=5, min_width=320):
-            tab.results()
+    beside(tab.controls, tab.results)
     tab.events()
     gr.api(tab.endpoint(), api_name="trajectory", concurrency_id="model", concurrency_limit=1)
     api_note(API, CODE, "trajectory-api")
@@ -65,7 +61,7 @@ class _Tab:
         first = self.names[0]
         self.model = gr.Dropdown(self.names, value=first, label="Model", elem_id="trajectory-model")
         self.fields.slot("model")
-        names = _classes(self.app, first)
+        names = self.app.models.get(first).choices
         self.label = gr.Dropdown(
             names, value=names[7 % len(names)], label="Class", elem_id="trajectory-class", allow_custom_value=True
         )
@@ -106,7 +102,7 @@ class _Tab:
         asked = [self.model, self.label, self.seed, self.guidance, self.sampler, self.steps]
         shown = [self.status, self.preview, self.final, self.step, self.told, self.plot, self.kept, *self.fields.outputs]
         self.run.click(guarded(self.work), asked, shown, api_name="trajectory_run", **MODEL_WORK)
-        self.cancel.click(guarded(_cancel), None, self.status, api_name="trajectory_cancel", **AT_ONCE)
+        self.cancel.click(guarded(canceller("trajectory")), None, self.status, api_name="trajectory_cancel", **AT_ONCE)
         look = [self.preview, self.told, self.plot]
         self.step.change(
             guarded(self.look), [self.step, self.kept, self.guidance], look, api_name="trajectory_step",
@@ -134,7 +130,7 @@ class _Tab:
         yield [note("Waiting for the model."), *rest, *self.fields.told()]
         try:
             ask, found = self.checked(Asked(model, label, seeds=seed, sampler=sampler, steps=steps), guidance)
-            for event in jobs.stream(lambda job: follow(ask, found, job, self.app.limits), _key(request)):
+            for event in jobs.stream(lambda job: follow(ask, found, job, self.app.limits), work_key("trajectory", request)):
                 if isinstance(event, Trajectory):
                     yield [*self.done(event), *self.fields.told()]
                 else:
@@ -189,7 +185,7 @@ class _Tab:
                         about = {"guidance": event.guidance, "nfe": event.nfe, "seconds": event.seconds}
                         yield {**about, "trace": list(event.rows), **images}
                     else:
-                        yield {"step": event.step, "total": event.total, "text": event.text}
+                        yield event.place()
             except ValueError as error:
                 raise _refused(error) from None
 
@@ -241,7 +237,7 @@ class _Tab:
         return _plot(path, place, band(asked), pending=path is not None and text != path.guidance)
 
     def choose(self, model: str) -> Any:
-        names = _classes(self.app, model)
+        names = self.app.models.get(model).choices
         return gr.update(choices=names, value=names[0])
 
 
@@ -275,21 +271,6 @@ def _told(path: Trajectory, place: int) -> str:
 def _follows(app: Context, name: str) -> bool:
     """Whether the steps of a model can be seen: those of diffusers keep their estimates to themselves."""
     return name.startswith("builtin/") or not app.models.get(name).diffusers
-
-
-def _classes(app: Context, name: str) -> list[str]:
-    model = app.models.get(name)
-    return list(model.class_names) or [str(k) for k in range(model.num_classes or 1)]
-
-
-def _key(request: gr.Request) -> str:
-    """Under which this session's job is found; "" for a caller without a session."""
-    return f"trajectory {request.session_hash}" if request.session_hash else ""
-
-
-def _cancel(request: gr.Request) -> str:
-    """Stop the run of this session at its next step."""
-    return note("Cancelling at the next step." if jobs.cancel(_key(request)) else "Nothing is running.")
 
 
 __all__ = ["TITLE", "build"]
