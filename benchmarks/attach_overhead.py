@@ -105,7 +105,7 @@ def main() -> None:
     if args.out:
         about = {"us_per_call": result, "added_us_per_call": added, "batch": BATCH, "shape": list(SHAPE), "repeats": args.repeats}
         about["load_average"] = round(os.getloadavg()[1], 1)  # other work on the machine makes every figure larger
-        save(args.out, "benchmarks/attach_overhead.py", about)
+        save(args.out, about)
     own = {name.split(", ")[0]: value for name, value in result.items() if "own" in name}
     over = [n for n, v in added.items() if "CFG" in n and v > max(args.limit, args.ratio * own[n.split(", ")[0]])]
     if over:

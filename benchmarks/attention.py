@@ -145,7 +145,7 @@ def main() -> None:
             failed += [f"{title}, {kind}: the default takes {ratio:.2f} of the best"] if ratio > WITHIN else []
     if args.out:
         about = {"rows": rows, "backends": names, "device": args.device, "rounds": args.rounds}
-        save(args.out, "benchmarks/attention.py", about)
+        save(args.out, about)
     if failed:
         raise SystemExit("; ".join(failed))
 

@@ -266,7 +266,7 @@ def main() -> None:
         failed += [f"{name}: tokens differ"] if r["equal_tokens"] < r["tokens"] else []
         failed += [f"{name}: the cache is not its formula"] if r["cache_bytes"] != r["cache_formula"] else []
     if args.out:
-        save(args.out, "benchmarks/autoregressive_speed.py", {"models": found, "rounds": args.rounds})
+        save(args.out, {"models": found, "rounds": args.rounds})
     if failed:
         raise SystemExit("; ".join(failed))
 

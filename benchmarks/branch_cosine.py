@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe, rule = genkit.load("builtin/cifar10"), _Watched(3.0)
     pipe([k % 10 for k in range(args.images)], list(range(args.images)), rule, sampler="dpmpp_2m", steps=args.steps)
-    save(args.out, "benchmarks/branch_cosine.py", {"images": args.images, "guidance": "CFG(3.0)", "rows": rule.seen})
+    save(args.out, {"images": args.images, "guidance": "CFG(3.0)", "rows": rule.seen})
 
 
 if __name__ == "__main__":

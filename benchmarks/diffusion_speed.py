@@ -112,7 +112,7 @@ def main() -> None:
         failed += [f"{name}: {best:.2f} times as fast, not {args.least}"] if best < args.least else []
         failed += [f"{name}: images differ"] if r["largest_difference"] > 1e-4 else []
     if args.out:
-        save(args.out, "benchmarks/diffusion_speed.py", {"models": found, "steps": args.steps, "rounds": args.rounds})
+        save(args.out, {"models": found, "steps": args.steps, "rounds": args.rounds})
     if failed:
         raise SystemExit("; ".join(failed))
 

@@ -272,8 +272,7 @@ def main() -> None:
     if args.out:
         about = {"peers": peers.versions, "not_installed": list(peers.lacking), "weights": {"seed": SEED, "sha256": weights}}
         sizes = {"photographs": args.count if args.images else 0, "drawn": args.drawn, "tolerance": TOLERANCE}
-        command = "benchmarks/eval_parity.py" + (" --images PHOTOGRAPHS" if args.images else "")
-        save(args.out, command, {**about, **sizes, "rows": rows})
+        save(args.out, {**about, **sizes, "rows": rows})
     if apart:
         named = "; ".join(f"{row['peer']} {row['metric']} ({row['images']})" for row in apart)
         raise SystemExit(f"more than {TOLERANCE:g} apart: {named}")

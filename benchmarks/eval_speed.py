@@ -164,7 +164,7 @@ def main() -> None:
     if args.out:
         sizes = {"columns": WIDTH, "images": args.images, "pictures": args.pictures, "threads": args.threads}
         about = {"peers": bench.peers.versions, "not_installed": list(bench.peers.lacking), **sizes, "repeats": args.repeats}
-        save(args.out, "benchmarks/eval_speed.py" + (" --large" if args.large else ""), {**about, **found, "missed": failed})
+        save(args.out, {**about, **found, "missed": failed})
     if failed:
         raise SystemExit(f"missed: {'; '.join(failed)}")
 

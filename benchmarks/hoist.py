@@ -146,7 +146,7 @@ def main() -> None:
             f"(rounds {rounds[0]:.3f} to {rounds[-1]:.3f})   change {row['change']:.1e}   {row['about']}"
         )
     if args.out:
-        save(args.out, "benchmarks/hoist.py", {"networks": table, "repeats": args.repeats})
+        save(args.out, {"networks": table, "repeats": args.repeats})
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def main() -> None:
             rows.append(row(case, device, limit))
             print("  ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     if arguments.out:
-        save(arguments.out, "benchmarks/kernels.py", {**result, "rows": rows})
+        save(arguments.out, {**result, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main() -> None:
         for line in lines if isinstance(lines, list) else [lines]:
             print(name, line)
     if args.out:
-        save(args.out, "benchmarks/low_rank.py", result)
+        save(args.out, result)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main() -> None:
             print(rows[-1])
     args.plot.write_bytes(distributions({t: s.tolist() for t, s in scores.items()}, "minority score", about["quantiles"]))
     result = {"images": args.images, "sampler": args.sampler, "steps": args.steps, "recipe": about["recipe"], "rows": rows}
-    save(args.out, f"benchmarks/minority.py --images {args.images}", {**result, "quantiles": about["quantiles"]})
+    save(args.out, {**result, "quantiles": about["quantiles"]})
 
 
 if __name__ == "__main__":

@@ -133,7 +133,6 @@ def main() -> None:
     if args.out:
         save(
             args.out,
-            "benchmarks/overhead.py",
             {"us_per_step": result, "batch": BATCH, "shape": list(SHAPE), "repeats": args.repeats},
         )
     allowed = max(args.limit, args.ratio * result["bare loop, DDIM"])

@@ -72,7 +72,6 @@ def main() -> None:
     if args.out:
         save(
             args.out,
-            "benchmarks/savings.py",
             {"guidances": table, "batch": args.batch, "steps": args.steps, "repeats": args.repeats},
         )
     if far:

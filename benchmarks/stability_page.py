@@ -126,8 +126,7 @@ def main() -> None:
         options = ["--device", args.device, *(["--backends", *args.backends] if args.backends else [])]
         with tempfile.TemporaryDirectory() as folder:
             deviation.main(["--out", folder, *options])
-            said = " ".join(options) if args.backends or args.device != "cpu" else ""
-            save(RUN, f"benchmarks/stability_page.py {said}".strip(), json.loads((Path(folder) / "deviation.json").read_text()))
+            save(RUN, json.loads((Path(folder) / "deviation.json").read_text()))
     run = json.loads(RUN.read_text())
     IMAGE.write_bytes(report.plot(run))
     (DOCS / "stability.md").write_text("\n".join(page(run)))
