@@ -21,6 +21,26 @@ CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("Autoguidance", "condition"): ("cond", "uncond"),
 }
 
+#: What the cards begin with: for models of noise levels, and for those of tokens, which have none.
+FIRST: Mapping[bool, tuple[str, ...]] = {
+    True: (
+        NONE,
+        "CFG(3.0)",
+        "Interval(APG(8.0), 0.28, 5.42)",
+        "CFG(8.0)",
+        "Adaptive(CFG(3.0), threshold=0.995, measure='x0')",
+        "Scheduled(CFG(3.0), shape='lambda')",
+    ),
+    False: (
+        NONE,
+        "CFG(3.0)",
+        "Interval(CFG(3.0), 0.0, 0.5, unit='fraction')",
+        "CFG(8.0)",
+        "Adaptive(CFG(3.0), threshold=0.995)",
+        "Scheduled(CFG(3.0), shape='lambda')",
+    ),
+}
+
 ControlKind = Literal["number", "whole", "check", "choice", "name", "guidance", "text"]
 
 
@@ -44,6 +64,12 @@ class Control:
 def methods() -> list[str]:
     """What a card can choose from: "none", then the methods by name."""
     return [NONE, *sorted(name for name in registry() if name != NoGuidance.__name__)]
+
+
+def fitting(text: str, diffusion: bool) -> str:
+    """What a card begins with, for another kind of model; any other expression as it is."""
+    others = FIRST[not diffusion]
+    return FIRST[diffusion][others.index(text)] if text in others else text
 
 
 def about(method: str) -> str:
@@ -153,4 +179,7 @@ def _lines(doc: str) -> dict[str, str]:
     return found
 
 
-__all__ = ["NONE", "Control", "about", "assemble", "controls", "example", "expression", "method_of", "methods", "values"]
+__all__ = [
+    *("FIRST", "NONE", "Control", "about", "assemble", "controls"),
+    *("example", "expression", "fitting", "method_of", "methods", "values"),
+]

@@ -8,6 +8,8 @@ from genkit_apps.limits import Limits
 from genkit.guidance import CFG, NoGuidance, parse, registry
 from genkit.guidance.base import arguments
 from genkit.guidance.presets import PRESETS
+from genkit.pipelines import load
+from genkit.pipelines.loading import BUILTIN
 
 EXAMPLES = sorted({text for cls in registry().values() for text in cls.examples} | {p.expression for p in PRESETS})
 
@@ -31,6 +33,21 @@ def test_every_method_has_a_card(method):
     assert all(
         value in c.choices for c, value in zip(controls, cards.values(guidance).values(), strict=True) if c.kind == "choice"
     )
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_what_cards_begin_with_works_on_each_kind_of_model(name):
+    pipe = load(name)
+    diffusion = "next" not in name
+    more = {"steps": 8} if diffusion else {}
+    nfe = [sum(pipe(classes=[3], seeds=[0], guidance=text, **more).nfe) for text in cards.FIRST[diffusion]]
+    assert all(nfe[0] < n for n in nfe[1:])  # each of the others guides
+
+
+def test_what_cards_begin_with_follows_the_kind_of_model():
+    for diffusion in (True, False):
+        assert tuple(cards.fitting(text, diffusion) for text in cards.FIRST[not diffusion]) == cards.FIRST[diffusion]
+        assert cards.fitting("CFG(4.5)", diffusion) == "CFG(4.5)"
 
 
 def test_kinds_of_controls_follow_the_annotations():

@@ -101,6 +101,19 @@ def test_controls_follow_the_method_and_the_expression_follows_them(visit: Open)
     expect(card.get_by_label("high", exact=True)).to_have_count(0)
 
 
+def test_the_cards_follow_the_kind_of_the_model(visit: Open) -> None:
+    page = visit()
+    field(page, "Expression 2").fill("CFG(4.5)")
+    pick(field(page, "Model"), "builtin/cifar10-next-scale")
+    expect(field(page, "Expression 3")).to_have_value("Interval(CFG(3.0), 0.0, 0.5, unit='fraction')")
+    expect(page.locator("#compare-card-3").get_by_label("unit", exact=True)).to_have_value("fraction")
+    expect(field(page, "Expression 2")).to_have_value("CFG(4.5)")  # what was entered stays
+    expect(field(page, "Steps")).to_be_hidden()
+    field(page, "Seeds").fill("0")
+    generate(page)
+    done(page)
+
+
 def test_a_card_that_is_added_works_like_the_others(visit: Open) -> None:
     page = visit()
     page.locator("#compare-add").click()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from genkit.samplers.diffusion import SAMPLERS
-from genkit_apps import jobs
+from genkit_apps import cards, jobs
 from genkit_apps.app import Context
 from genkit_apps.board import board
 from genkit_apps.bundle import numbered, snippet, write_bundle
@@ -21,15 +21,7 @@ from genkit_apps.ui import AT_ONCE, MODEL_WORK, REDRAW, api_note, guarded, note,
 
 TITLE = "Compare"
 
-#: What the cards begin with; the first three are shown.
-FIRST = (
-    "none",
-    "CFG(3.0)",
-    "Interval(APG(8.0), 0.28, 5.42)",
-    "CFG(8.0)",
-    "Adaptive(CFG(3.0), threshold=0.995, measure='x0')",
-    "Scheduled(CFG(3.0), shape='lambda')",
-)
+#: Cards at the beginning.
 SHOWN = 3
 FIELDS = ("model", "classes", "prompt", "seeds", "sampler", "steps")
 IMAGES, DIFFERENCE = "Images", "Difference from column 1"
@@ -83,13 +75,14 @@ def build(app: Context) -> None:
     settings = _settings(app)
     count = gr.State(SHOWN)
     with gr.Row(elem_classes="gk-cards"):
-        made = [card("compare", k + 1, FIRST[k] if k < SHOWN else None, app.limits) for k in range(app.limits.columns)]
+        first = cards.FIRST[_diffusion(app, app.models.names[0])]
+        made = [card("compare", k + 1, first[k] if k < SHOWN else None, app.limits) for k in range(app.limits.columns)]
     with gr.Row(elem_classes="gk-actions"):
         generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", min_width=160, scale=3)
         cancel = gr.Button("Cancel", elem_id="compare-cancel", min_width=120, scale=1)
         add = gr.Button("Add a guidance", elem_id="compare-add", min_width=140, scale=1)
     outcome = _outcome()
-    _arrange(app, made, count, add)
+    _arrange(app, made, count, add, settings.model)
     handler = guarded(_handler(app, settings, made, outcome))
     inputs = [*settings.inputs, outcome.view, outcome.gain, count, *(c.expression for c in made)]
     outputs = [*settings.problems.values(), *(c.problem for c in made), *outcome[:2], *outcome[4:]]
@@ -172,16 +165,25 @@ def _fitting(app: Context, name: str) -> list[Any]:
     return [gr.update(**fields.get(key, {})) for key in FIELDS[1:]]
 
 
-def _arrange(app: Context, made: Sequence[Card], count: gr.State, add: gr.Button) -> None:
-    """Add and remove cards: the others move up."""
+def _diffusion(app: Context, name: str) -> bool:
+    return app.models.kind(name) == "diffusion"
+
+
+def _arrange(app: Context, made: Sequence[Card], count: gr.State, add: gr.Button, model: gr.Dropdown) -> None:
+    """Add and remove cards: the others move up. What nobody has edited follows the kind of the model."""
 
     def updated(texts: Sequence[str]) -> list[Any]:
         every: list[str | None] = [*texts, *[None] * (len(made) - len(texts))]
         return [len(texts), *(update for text in every for update in updates(text, app.limits))]
 
-    def one_more(number: int, *texts: str) -> list[Any]:
-        new = [*texts[:number], FIRST[number]] if number < len(made) else list(texts[:number])
-        return updated(new)
+    def one_more(name: str, number: int, *texts: str) -> list[Any]:
+        new = [*texts[:number], *cards.FIRST[_diffusion(app, name)][number : number + 1]]
+        return updated(new[: len(made)])
+
+    def follow(name: str, *texts: str) -> list[Any]:
+        fit = [cards.fitting(text, _diffusion(app, name)) for text in texts]
+        kept = [gr.skip()] * len(made[0].outputs)
+        return [u for old, new in zip(texts, fit, strict=True) for u in (kept if old == new else updates(new, app.limits))]
 
     def without(k: int) -> Any:
         def remove(number: int, *texts: str) -> list[Any]:
@@ -190,8 +192,11 @@ def _arrange(app: Context, made: Sequence[Card], count: gr.State, add: gr.Button
 
         return remove
 
-    inputs, outputs = [count, *(c.expression for c in made)], [count, *(o for c in made for o in c.outputs)]
-    add.click(guarded(one_more), inputs, outputs, **REDRAW, api_name="compare_add", api_visibility="undocumented")
+    expressions, places = [c.expression for c in made], [o for c in made for o in c.outputs]
+    inputs, outputs = [count, *expressions], [count, *places]
+    name = "compare_follow"
+    model.change(guarded(follow), [model, *expressions], places, **REDRAW, api_name=name, api_visibility="undocumented")
+    add.click(guarded(one_more), [model, *inputs], outputs, **REDRAW, api_name="compare_add", api_visibility="undocumented")
     for k, one in enumerate(made):
         name = f"compare_remove_{k + 1}"
         one.remove.click(guarded(without(k)), inputs, outputs, **REDRAW, api_name=name, api_visibility="undocumented")
@@ -286,10 +291,11 @@ def _cancel(request: gr.Request) -> str:
 
 def _endpoint(app: Context) -> Any:
     """The function of the API: the last value is the result, those before it say how far it is."""
+    first = list(cards.FIRST[_diffusion(app, app.models.names[0])][:SHOWN])
 
     def api(
         model: str = app.models.names[0],
-        guidances: list[str] = list(FIRST[:SHOWN]),  # noqa: B006 (read only)
+        guidances: list[str] = first,
         classes: list[str] = [],  # noqa: B006
         prompt: str = "",
         seeds: str = "0",
