@@ -44,7 +44,11 @@ def bounded_entries(q: Tensor, k: Tensor, scale: float | None = None) -> Bounded
 
     Args:
         scale: of the scores; None is 1 / sqrt(D).
+
+    Raises:
+        ValueError: other shapes.
     """
+    _check_shapes(q, k=k)
     scale, k = _scale(q, scale), _per_query_head(k, q)
     entry = max(float(q.abs().max()), float(k.abs().max()))
     blocks = (float((part @ k.mT).abs().max()) for part in q.split(256, -2))  # not all scores at a time
@@ -71,7 +75,13 @@ def error_bound(score: float, degree: int, spread: float = 1.0, square: float | 
         degree: g, 1 or more.
         spread: half the largest difference between two values in one coordinate; exact arithmetic is assumed.
         square: the largest mean of squared scores over the keys of a query; None is b^2, which it cannot exceed.
+
+    Raises:
+        ValueError: a negative score, or degree below 1.
     """
+    _check_degree(degree)
+    if not score >= 0:
+        raise ValueError(f"score={score} is the largest of absolute values: give 0 or more")
     if score > 50:
         return math.inf
     tail = math.fsum(score ** (j - 2) / math.factorial(j) for j in range(degree + 1, degree + 160))
@@ -80,7 +90,8 @@ def error_bound(score: float, degree: int, spread: float = 1.0, square: float | 
 
 
 def rank(d: int, degree: int) -> int:
-    """C(d + g, g), the number of features."""
+    """C(d + g, g), the number of features for heads of width d. Raises ValueError for a degree below 1."""
+    _check_degree(degree)
     return math.comb(d + degree, degree)
 
 
@@ -129,10 +140,12 @@ def low_rank_attention(
         tolerance: the largest error of an entry that is accepted, in units of v; 0 is always exact, inf never.
 
     Raises:
-        ValueError: degree below 1, or a negative tolerance.
+        ValueError: other shapes, degree below 1, or a negative tolerance.
     """
-    if degree < 1 or not tolerance >= 0:
-        raise ValueError(f"degree={degree}, tolerance={tolerance}: give a degree from 1 on and a tolerance from 0 on")
+    _check_degree(degree)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} is the largest error that is accepted: give 0 or more")
+    _check_shapes(q, k=k, v=v)
     scale, dtype = _scale(q, scale), q.dtype
     k, v = _per_query_head(k, q), _per_query_head(v, q)
     wide = torch.promote_types(dtype, torch.float32)
@@ -144,6 +157,24 @@ def low_rank_attention(
     state = features(keys, degree).mT @ F.pad(v.to(wide), (0, 1), value=1.0)
     out = features(queries * scale, degree) @ state
     return (out[..., :-1] / out[..., -1:]).to(dtype)
+
+
+def _check_degree(degree: int) -> None:
+    if not isinstance(degree, int) or degree < 1:
+        raise ValueError(f"degree={degree!r} is that of a polynomial: give a whole number from 1 on")
+
+
+def _check_shapes(q: Tensor, **others: Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has the shape {tuple(q.shape)}: give (B, H, T, D)")
+    for name, x in others.items():
+        fits = x.ndim == 4 and x.shape[0] == q.shape[0] and x.shape[1] and not q.shape[1] % x.shape[1]
+        if not fits or (name == "k" and x.shape[3] != q.shape[3]) or x.shape[2] != next(iter(others.values())).shape[2]:
+            width = q.shape[3] if name == "k" else "Dv"
+            raise ValueError(
+                f"{name} has the shape {tuple(x.shape)}: beside q of {tuple(q.shape)} give ({q.shape[0]}, Hk, Tk, {width}), "
+                "with H a multiple of Hk and Tk the same for k and v"
+            )
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:

@@ -87,6 +87,6 @@ def test_help_loads_neither_torch_nor_gradio():
         "sys.exit(any(m in sys.modules for m in ('torch', 'gradio', 'numpy', 'genkit')))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--password" in done.stdout

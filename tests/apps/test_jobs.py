@@ -44,9 +44,9 @@ def steps(log: list[int], started: threading.Event):
 def test_cancel_by_key_stops_at_the_next_step_and_frees_the_worker():
     log, started, events = list[int](), threading.Event(), stream_in_thread("mine")
     events.start(log, started)
-    assert started.wait(5)
+    assert started.wait(60)
     assert jobs.cancel("other") == 0
-    assert jobs.cancel("mine", wait=5) == 1
+    assert jobs.cancel("mine", wait=60) == 1
     done = len(log)
     assert isinstance(events.error, Cancelled)
     time.sleep(0.1)
@@ -78,7 +78,7 @@ def test_closing_the_generator_cancels_without_waiting():
     next(running)
     before = time.monotonic()
     running.close()
-    assert time.monotonic() - before < 0.5
+    assert time.monotonic() - before < 5  # all of it would take 10
     assert list(stream(lambda job: 1)) == [1]
     assert len(log) < 1000
 
@@ -96,7 +96,7 @@ def test_one_job_at_a_time():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert most == [1]
 
 

@@ -147,7 +147,7 @@ def test_ten_users_at_once_are_all_served(url):
         assert list(users.map(one, range(10))) == list(range(10))
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -171,7 +171,7 @@ def test_cancel_button_ends_only_the_work_of_its_session(url):
     wait_until(lambda: jobs._running)
     assert "Nothing is running" in other.predict(api_name="/compare_cancel")
     assert "Cancelled" in mine.predict(api_name="/compare_cancel")
-    assert any("Cancelled." in str(part) for part in long.result(timeout=20))
+    assert any("Cancelled." in str(part) for part in long.result(timeout=60))
     assert not jobs._running
 
 
@@ -182,7 +182,7 @@ def test_cancelling_without_a_session_leaves_the_work_of_others_alone(url, clien
         for sender in ({}, {"session_hash": ""}, {"session_hash": None}):
             answer = httpx.post(f"{url}/gradio_api/run/{name}_cancel", json={"data": [], **sender})
             assert "Nothing is running" in answer.text
-    assert long.result(timeout=60)["images"]
+    assert long.result(timeout=120)["images"]
 
 
 ASK = {"data": ["builtin/cifar10", ["CFG(2.0)"], ["cat"], "", "3", "euler", 1]}

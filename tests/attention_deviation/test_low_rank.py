@@ -154,3 +154,21 @@ def test_break_even_and_errors() -> None:
         low_rank_attention(*draw(0, 1.0), degree=0)
     with pytest.raises(ValueError, match="tolerance=-1"):
         low_rank_attention(*draw(0, 1.0), tolerance=-1)
+    for wrong in (lambda: rank(64, 0), lambda: break_even(64, 0), lambda: error_bound(1.0, 0), lambda: rank(64, 1.5)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"degree=(0|1\.5)"):
+            wrong()
+    with pytest.raises(ValueError, match="score=-1"):
+        error_bound(-1.0, 1)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    q, k, v = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 6)
+    assert low_rank_attention(q, k, v).shape == (2, 4, 3, 6)
+    for name, change in (
+        ("q", (q[0], k, v)), ("k", (q, k[..., :7], v)), ("k", (q, k[:1], v)), ("k", (q[:, :3], k, v)), ("v", (q, k, v[:, :, :4])),
+        ("v", (q, k, v[0])), ("v", (q[:, :, :0], k, v[:, :0])),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} has the shape"):
+            low_rank_attention(*change)
+    with pytest.raises(ValueError, match="k has the shape"):
+        bounded_entries(q, k[..., :7])

@@ -315,7 +315,9 @@ def test_order_does_not_depend_on_threads_and_decoding_runs_ahead(folder: Path, 
     monkeypatch.setattr(images.source, "read", slow)
     batches = images.batches(1, workers=3)
     first = next(batches)
-    time.sleep(0.3)
+    until = time.monotonic() + 30
+    while len(seen) < 6 and time.monotonic() < until:
+        time.sleep(0.01)
     assert len(seen) == 6, "all are read while nobody asks for the second"
     rest = [batch.pixels[0] for batch in batches]
     assert all(torch.equal(a, b) for a, b in zip([first.pixels[0], *rest], expected, strict=True))
