@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL.Image import Image
 
 from genkit.guidance import Guidance
 from genkit.guidance.base import classes as guidance_classes
-from genkit.pipelines.images import to_pil, to_uint8
 from genkit.samplers.autoregressive.guided import check_logits
 from genkit_apps.cards import expression
 from genkit_apps.jobs import Event, Job
@@ -22,6 +21,8 @@ from genkit_apps.models import Model, Models
 BRIDGE = "bridge"
 #: Seconds between two previews, and between two notes of progress: a browser needs time to show them.
 PREVIEW, PROGRESS = 0.4, 0.2
+#: Previews are made no oftener than so many times what the last one took, as those of large models have to be decoded.
+PREVIEW_SHARE = 5
 #: Fields of guidances that name another model of the run.
 _MODEL_FIELDS = {"Autoguidance": "model", "ClassifierGuidance": "model", "MinorityGuidance": "model"}
 
@@ -143,46 +144,49 @@ def generate(request: Request, guidance: Guidance, job: Job, before: int, total:
         Refused: it took longer than the limits allow.
         ValueError: the model cannot have this guidance.
     """
-    started, told = time.perf_counter(), [0.0]
+    started, told, cost = time.perf_counter(), 0.0, 0.0
 
-    def tell(step: int, images: Callable[[], Sequence[Image]] | None) -> None:
+    def tell(info: Any, images: Callable[[], Sequence[Image]]) -> None:
         job.check()
         if time.perf_counter() - started > limits.seconds:
             raise Refused("steps", f"stopped after {limits.seconds:.0f} seconds; ask for fewer steps or images")
-        place = before + min(step + 1, request.total)
-        if images is not None and job.due(PREVIEW):
-            job.emit(Event("preview", place, total, tuple(images()), label))
-        elif time.perf_counter() - told[0] > PROGRESS:
-            told[0] = time.perf_counter()
+        nonlocal told, cost
+        place, now = before + min(info.index + 1, request.total), time.perf_counter()
+        if job.due(max(PREVIEW, PREVIEW_SHARE * cost)):
+            pictures = tuple(images())
+            cost = time.perf_counter() - now
+            job.emit(Event("preview", place, total, pictures, label))
+        elif now - told > PROGRESS:
+            told = now
             job.emit(Event("progress", place, total, (), label))
 
-    out = _call(request, guidance, tell)
+    out = call(request, guidance, tell)
     seconds = time.perf_counter() - started
     return Column(expression(guidance), tuple(out.images), tuple(int(n) for n in out.nfe), int(out.calls), seconds)
 
 
-def _call(request: Request, guidance: Guidance, tell: Callable[[int, Callable[[], Sequence[Image]] | None], None]) -> Any:
-    pipe, seeds = request.model.pipe, list(request.seeds)
-    if request.model.diffusers:
+def call(
+    request: Request,
+    guidance: Guidance,
+    tell: Callable[[Any, Callable[[], Sequence[Image]]], None],
+    trace: Literal["basic", "full"] = "basic",
+    largest: int | None = None,
+) -> Any:
+    """What the model makes of a request.
 
-        def at_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            tell(step, None)
-            return {}
-
-        what: dict[str, Any] = {"prompt": list(request.prompts)} if request.prompts else {"class_labels": list(request.classes)}
-        more = {"sampler": request.sampler, "num_inference_steps": request.steps, "callback_on_step_end": at_end}
-        return pipe(**what, seeds=seeds, guidance=guidance, **more)
-    if request.model.kind == "diffusion":
-        return pipe(
-            classes=list(request.classes),
-            seeds=seeds,
-            guidance=guidance,
-            sampler=request.sampler,
-            steps=request.steps,
-            callback=lambda info, result: tell(info.index, lambda: to_pil(to_uint8(result.denoised))),
-        )
-    what = {"prompt": list(request.prompts)} if request.prompts else {"classes": list(request.classes)}
-    return pipe(**what, seeds=seeds, guidance=guidance, callback=lambda part: tell(part.index, lambda: part.images))
+    Args:
+        tell: called at every step with a StepInfo (or a Partial, for models that draw tokens; both have an index), and with a
+            function for images of what the network believes then.
+        trace: as in the pipelines.
+        largest: pixels of these images.
+    """
+    model, by_class = request.model, "class_labels" if request.model.diffusers else "classes"
+    given: dict[str, Any] = {"prompt": list(request.prompts)} if request.prompts else {by_class: list(request.classes)}
+    given |= {"seeds": list(request.seeds), "guidance": guidance, "trace": trace}
+    if model.kind != "diffusion":
+        return model.pipe(**given, callback=lambda part: tell(part, lambda: part.images))
+    given |= {"sampler": request.sampler, "num_inference_steps" if model.diffusers else "steps": request.steps}
+    return model.pipe(**given, callback=lambda i, result: tell(i, lambda: model.pictures(result.denoised, largest)))
 
 
 def _classes(given: Any, model: Model) -> list[int]:

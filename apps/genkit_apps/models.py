@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn import functional as F
+
 from genkit.pipelines import load
+from genkit.pipelines.images import to_pil, to_uint8
 from genkit.pipelines.loading import BUILTIN
 
 Kind = Literal["diffusion", "next-token", "next-scale"]
@@ -43,6 +49,23 @@ class Model:
     def choices(self) -> list[str]:
         """What may be chosen as a class: names, or numbers where there are none; empty for models of text."""
         return list(self.class_names) or [str(k) for k in range(self.num_classes or 0)]
+
+    def pictures(self, denoised: Tensor, largest: int | None = None) -> list[Image]:
+        """What a diffusion model believed at a step, ``denoised`` (B, ...) in its own space, as images.
+
+        Args:
+            largest: pixels along the longer side, at most. Latents are reduced before they are decoded, which saves most of it.
+        """
+        if not self.diffusers:
+            images = to_pil(to_uint8(denoised))
+        else:
+            side = max(denoised.shape[-2:]) * getattr(self.pipe.pipe, "vae_scale_factor", 8)
+            fold = 1 if largest is None else math.ceil(side / largest)
+            images = self.pipe.decode(F.avg_pool2d(denoised, fold, ceil_mode=True) if fold > 1 else denoised)
+        if largest is not None:
+            for image in images:
+                image.thumbnail((largest, largest))
+        return list(images)
 
     @property
     def diffusers(self) -> bool:
@@ -106,6 +129,8 @@ class Models:
 
     def _load(self, name: str) -> Model:
         pipe = load(name, device=self.device)
+        if hasattr(pipe, "pipe"):
+            pipe.pipe.set_progress_bar_config(disable=True)  # the page has its own
         kind = _KINDS.get(type(pipe).__name__, "next-scale")
         names, count = _classes(pipe)
         return Model(name, kind, pipe, names, count, self.device)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL.Image import Image
 
 from genkit.guidance import Guidance, Interval
-from genkit.guidance.base import Result, StepInfo
-from genkit.pipelines.images import to_pil, to_uint8
+from genkit.guidance.base import StepInfo
 from genkit_apps.cards import expression
-from genkit_apps.generation import Request
+from genkit_apps.generation import Request, call
 from genkit_apps.jobs import Event, Job
 from genkit_apps.limits import Limits, Refused
 from genkit_apps.plots import Traced, steps_of, trajectory
@@ -56,21 +56,16 @@ def follow(request: Request, guidance: Guidance, job: Job, limits: Limits) -> Tr
     """
     previews, started = list[Image](), time.perf_counter()
 
-    def seen(info: StepInfo, result: Result) -> None:
+    def seen(info: StepInfo, images: Callable[[], Sequence[Image]]) -> None:
         job.check()
         if time.perf_counter() - started > limits.seconds:
             raise Refused("steps", f"stopped after {limits.seconds:.0f} seconds; ask for fewer steps")
-        image = to_pil(to_uint8(result.denoised[:1]))[0]
-        image.thumbnail((LARGEST, LARGEST))
-        previews.append(image)
+        previews.append(images()[0])
         place = (info.index + 1, request.total)
         text = f"sigma {info.sigma:.3g}"
         job.emit(Event("preview", *place, (previews[-1],), text) if job.due() else Event("progress", *place, (), text))
 
-    out = request.model.pipe(
-        classes=list(request.classes), seeds=list(request.seeds), guidance=guidance, sampler=request.sampler,
-        steps=request.steps, trace="full", callback=seen,
-    )  # fmt: skip
+    out = call(request, guidance, seen, "full", LARGEST)
     seconds, rows = time.perf_counter() - started, tuple(steps_of(out.trace.rows))
     made = (rows, tuple(previews), out.images[0], int(out.nfe[0]), seconds)
     return Trajectory(expression(guidance), *made, trajectory(rows), band(guidance))

@@ -27,7 +27,7 @@ from genkit.pipelines.diffusers_images import decode
 from genkit.pipelines.diffusers_run import Draw, Way, prepared, way_of
 from genkit.pipelines.diffusion import as_guidance
 from genkit.pipelines.hoist import hoist as hoisted
-from genkit.samplers.diffusion.loop import Sampler, Step, sample
+from genkit.samplers.diffusion.loop import Callback, Sampler, Step, sample
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
@@ -121,6 +121,7 @@ class DiffusersPipeline(Compiling):
         return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback: Callback | None = None,
         attention: str | None = None,
         hoist: bool = False,
         **encode: Any,
@@ -151,6 +152,8 @@ class DiffusersPipeline(Compiling):
                 what it returns may hold new latents. They are scaled as the pipeline's scheduler keeps them. ``pipe._interrupt =
                 True`` leaves out the steps that remain.
             callback_on_step_end_tensor_inputs: ``["latents"]`` is all there is.
+            callback: called with (StepInfo, Result) after the first evaluation of every step; :meth:`decode` shows what the
+                network believes then, ``result.denoised``.
             attention: a backend of :mod:`genkit.attention` for this call; default: as the network was set.
             hoist: compute what is the same at every step once, see :func:`genkit.pipelines.hoist.hoist`.
             encode: further arguments of the pipeline's own ``encode_prompt``: ``prompt_embeds``, ``clip_skip``...
@@ -175,13 +178,23 @@ class DiffusersPipeline(Compiling):
         computing = self._computing(attention, hoist, scheduler.timesteps)
         with self.pipe.progress_bar(total=len(way.sigmas) - 1) as bar, computing as choice:
             solver = self._watched(way, course, callback_on_step_end, bar)
-            x = sample(run, x, way.sigmas, solver, way.path, draw)
+            x = sample(run, x, way.sigmas, solver, way.path, draw, callback)
         end = float(way.sigmas[-1])
         x = x * (course.path(end)[0] / way.path(end)[0])  # a scheduler may end a little above 0
         images = decode(self.pipe, x, output_type)
         self.pipe.maybe_free_model_hooks()
         out = DiffusersOutput(images, run.ledger.nfe, run.ledger.calls, run.trace, choice)
         return out if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Latents (B, C, h, w) as images: ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: they are not finite, or an unknown output type.
+        """
+        _check(output_type, ["latents"])
+        return decode(self.pipe, latents, output_type)
 
     @contextmanager
     def _computing(self, attention: str | None, hoist: bool, timesteps: Tensor) -> Iterator[dict[str, Any]]:

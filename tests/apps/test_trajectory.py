@@ -123,7 +123,7 @@ def client(models):
 
 
 def run(client, guidance="Interval(CFG(3.0), 0.28, 5.42)", steps=3, seed="0", sampler="heun", label="horse"):
-    return client.predict("builtin/cifar10", label, seed, guidance, sampler, steps, api_name="/trajectory_run")
+    return client.predict("builtin/cifar10", label, "", seed, guidance, sampler, steps, api_name="/trajectory_run")
 
 
 def errors(values):

@@ -15,7 +15,7 @@ from genkit_apps import jobs, plots
 from genkit_apps.app import Context
 from genkit_apps.cards import expression
 from genkit_apps.fields import Fields
-from genkit_apps.generation import Asked, Request, check_guidance
+from genkit_apps.generation import BRIDGE, Asked, Request, check_guidance
 from genkit_apps.limits import Refused
 from genkit_apps.range_slider import range_slider
 from genkit_apps.trajectories import Trajectory, band, follow, limited
@@ -55,17 +55,19 @@ def build(app: Context) -> None:
 class _Tab:
     def __init__(self, app: Context) -> None:
         self.app, self.fields = app, Fields("trajectory")
-        self.names = [name for name in app.models.of_kind("diffusion") if _follows(app, name)]
+        self.names = list(app.models.of_kind("diffusion"))
 
     def controls(self) -> None:
         first = self.names[0]
         self.model = gr.Dropdown(self.names, value=first, label="Model", elem_id="trajectory-model")
         self.fields.slot("model")
-        names = self.app.models.get(first).choices
-        self.label = gr.Dropdown(
-            names, value=names[7 % len(names)], label="Class", elem_id="trajectory-class", allow_custom_value=True
-        )
+        fit = self.fitting(first)
+        self.label = gr.Dropdown(label="Class", elem_id="trajectory-class", allow_custom_value=True, **fit["label"])
         self.fields.slot("classes")
+        self.prompt = gr.Textbox(
+            "", label="Prompt", elem_id="trajectory-prompt", max_length=self.app.limits.prompt, **fit["prompt"]
+        )
+        self.fields.slot("prompt")
         self.seed = gr.Textbox("0", label="Seed", elem_id="trajectory-seed", max_length=20)
         self.fields.slot("seeds")
         self.guidance = gr.Textbox(
@@ -74,8 +76,8 @@ class _Tab:
         )  # fmt: skip
         self.fields.slot("guidance")
         self.sampler = gr.Dropdown(
-            sorted(SAMPLERS), value="heun", label="Sampler", allow_custom_value=True, elem_id="trajectory-sampler",
-            info="a name, or an expression such as heun(churn=40)",
+            label="Sampler", allow_custom_value=True, elem_id="trajectory-sampler",
+            info="a name, or an expression such as heun(churn=40)", **fit["sampler"],
         )  # fmt: skip
         self.fields.slot("sampler")
         self.steps = gr.Slider(1, self.app.limits.steps, value=18, step=1, label="Steps", elem_id="trajectory-steps")
@@ -99,7 +101,7 @@ class _Tab:
         self.kept = gr.State(None, time_to_live=3600)
 
     def events(self) -> None:
-        asked = [self.model, self.label, self.seed, self.guidance, self.sampler, self.steps]
+        asked = [self.model, self.label, self.prompt, self.seed, self.guidance, self.sampler, self.steps]
         shown = [self.status, self.preview, self.final, self.step, self.told, self.plot, self.kept, *self.fields.outputs]
         self.run.click(guarded(self.work), asked, shown, api_name="trajectory_run", **MODEL_WORK)
         self.cancel.click(guarded(canceller("trajectory")), None, self.status, api_name="trajectory_cancel", **AT_ONCE)
@@ -119,17 +121,18 @@ class _Tab:
                 api_name=name, **AT_ONCE,
             )  # fmt: skip
         self.model.change(
-            guarded(self.choose), self.model, self.label, api_name="trajectory_model", api_visibility="undocumented", **AT_ONCE
-        )
+            guarded(self.choose), self.model, [self.label, self.prompt, self.sampler],
+            api_name="trajectory_model", api_visibility="undocumented", **AT_ONCE,
+        )  # fmt: skip
 
     def work(
-        self, model: str, label: str, seed: str, guidance: str, sampler: str, steps: int, request: gr.Request
+        self, model: str, label: str, prompt: str, seed: str, guidance: str, sampler: str, steps: int, request: gr.Request
     ) -> Iterator[list[Any]]:
         """Follow one image. Returns status, the image the first step believed in, the result, and the trace as a picture."""
         rest = [gr.skip()] * 6
         yield [note("Waiting for the model."), *rest, *self.fields.told()]
         try:
-            ask, found = self.checked(Asked(model, label, seeds=seed, sampler=sampler, steps=steps), guidance)
+            ask, found = self.checked(Asked(model, label, prompt, seed, sampler, steps), guidance)
             for event in jobs.stream(lambda job: follow(ask, found, job, self.app.limits), work_key("trajectory", request)):
                 if isinstance(event, Trajectory):
                     yield [*self.done(event), *self.fields.told()]
@@ -162,6 +165,7 @@ class _Tab:
             guidance: str = "Interval(CFG(3.0), 0.28, 5.42)",
             sampler: str = "heun",
             steps: int = 18,
+            prompt: str = "",
         ) -> Iterator[dict[str, Any]]:
             """One image, step by step.
 
@@ -172,13 +176,14 @@ class _Tab:
                 guidance: an expression.
                 sampler: name or expression.
                 steps: of the sampler.
+                prompt: for models of text.
 
             Returns:
                 guidance, nfe, seconds, trace (a row for each step), image and previews (PNG in base64); before that step, total
                 and text.
             """
             try:
-                ask, found = self.checked(Asked(model, label, seeds=seed, sampler=sampler, steps=steps), guidance)
+                ask, found = self.checked(Asked(model, label, prompt, seed, sampler, steps), guidance)
                 for event in jobs.stream(lambda job: follow(ask, found, job, self.app.limits)):
                     if isinstance(event, Trajectory):
                         images = {"image": plots.png(event.image), "previews": [plots.png(image) for image in event.previews]}
@@ -236,9 +241,20 @@ class _Tab:
         text = expression(asked)
         return _plot(path, place, band(asked), pending=path is not None and text != path.guidance)
 
-    def choose(self, model: str) -> Any:
-        names = self.app.models.get(model).choices
-        return gr.update(choices=names, value=names[0])
+    def fitting(self, name: str) -> dict[str, dict[str, Any]]:
+        """What the fields offer for a model."""
+        model = self.app.models.get(name)
+        names, text = model.choices, model.num_classes is None
+        samplers = [*([BRIDGE] if model.diffusers else []), *sorted(SAMPLERS)]
+        return {
+            "label": {"choices": names, "value": names[7 % len(names)] if names else None, "visible": not text},
+            "prompt": {"visible": text},
+            "sampler": {"choices": samplers, "value": BRIDGE if model.diffusers else "heun"},
+        }
+
+    def choose(self, model: str) -> list[Any]:
+        """The controls that a model has."""
+        return [gr.update(**options) for options in self.fitting(model).values()]
 
 
 def _plot(path: Trajectory | None, place: int = 0, ends: tuple[float, float] | None = None, pending: bool = False) -> str:
@@ -266,11 +282,6 @@ def _told(path: Trajectory, place: int) -> str:
     names = (("cosine", "cosine"), ("update_norm", "update"))
     parts += [f"{name} {row[key]:.4g}" for key, name in names if row.get(key) is not None]
     return " · ".join([*parts, f"{row['rows']} evaluations ({row['branches']})"])
-
-
-def _follows(app: Context, name: str) -> bool:
-    """Whether the steps of a model can be seen: those of diffusers keep their estimates to themselves."""
-    return name.startswith("builtin/") or not app.models.get(name).diffusers
 
 
 __all__ = ["TITLE", "build"]
