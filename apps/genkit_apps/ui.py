@@ -110,6 +110,8 @@ def guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
             return error
         if isinstance(error, Refused):
             return gr.Error(f"{error.field}: {error.message}", print_exception=False)
+        if isinstance(error, jobs.Cancelled):
+            return gr.Error("Cancelled.", print_exception=False)
         return unexpected(error)
 
     if inspect.isgeneratorfunction(fn):
@@ -138,6 +140,8 @@ __all__ = [
     "MODEL_WORK",
     "REDRAW",
     "api_note",
+    "beside",
+    "canceller",
     "guarded",
     "message",
     "note",
@@ -145,4 +149,5 @@ __all__ = [
     "progress",
     "shown",
     "unexpected",
+    "work_key",
 ]

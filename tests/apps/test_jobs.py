@@ -3,9 +3,12 @@
 import threading
 import time
 
+import gradio as gr
 import pytest
 from genkit_apps import jobs
 from genkit_apps.jobs import Cancelled, Event, Job, stream
+from genkit_apps.limits import Refused
+from genkit_apps.ui import guarded
 
 
 def test_the_result_comes_last_and_done_events_are_never_dropped():
@@ -106,3 +109,26 @@ def test_an_error_of_the_work_is_raised_where_the_events_are_read():
 
     with pytest.raises(KeyError):
         list(stream(work))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Refused("seeds", "'one' is no seed"), "seeds: 'one' is no seed"),
+        (Cancelled(), "Cancelled."),
+        (KeyError("x"), "app's log"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_an_event_raises_is_told_without_its_inside(error, words, streams):
+    def plain():
+        raise error
+
+    def stream():
+        yield 1
+        raise error
+
+    with pytest.raises(gr.Error, match=words) as told:
+        list(guarded(stream)()) if streams else guarded(plain)()
+    assert "KeyError" not in str(told.value)
+    assert not told.value.print_exception
