@@ -231,10 +231,11 @@ def measure(case: Any, rounds: int, compiled: bool) -> dict[str, Any]:
     taken, formula = cache_bytes(run)
     equal = {"tokens": found.numel(), "equal_tokens": int((wanted == found).sum())}
     memory = {"cache_bytes": taken, "cache_formula": formula}
-    bound = reading(case.ours) * len(case.passes)
+    bound, numbers = reading(case.ours) * len(case.passes), sum(layer.weight.numel() for layer in products(case.ours))
+    work = {"passes": len(case.passes), "weight_bytes": 4 * numbers, "flop": 2 * numbers * sum(case.passes)}
     best = seconds.get("compiled", seconds["genkit"])
     ratios = {"ratio": seconds["official"] / best, "eager_ratio": seconds["official"] / seconds["genkit"]}
-    return {"seconds": seconds, "reading_weights": bound, **ratios, **equal, **memory, "settings": case.settings}
+    return {"seconds": seconds, "reading_weights": bound, **work, **ratios, **equal, **memory, "settings": case.settings}
 
 
 def main() -> None:
