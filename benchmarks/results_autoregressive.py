@@ -94,8 +94,8 @@ def decoding(run: dict[str, Any]) -> list[str]:
     text = (
         "CPU seconds for the tokens of a batch, with CFG, in float32 and one thread, with the same random weights and numbers; "
         f"{run['rounds']} interleaved rounds, of each step the fastest. Matrix products: those of the blocks and the head alone, "
-        "as the official code computes them. Reading: their weights read once for each pass, from which one thread with few rows "
-        "cannot get away. Times as fast: the official seconds over the compiled ones, where they were measured."
+        "as the official code computes them. Reading: what it takes to read their weights once for each pass, which few rows "
+        "cannot do without. Times as fast: the official seconds over the compiled ones, where they were measured."
     )
     head = ["| model | official | genkit | compiled | times as fast | matrix products | reading | equal tokens | cache, MB |"]
     rows = []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from genkit.guidance import Guidance, NoGuidance, parse, registry
 from genkit.guidance.base import arguments
 from genkit.guidance.scheduled import SHAPES
+from genkit_apps.models import Kind
 
 NONE = "none"
 #: Choices of fields that are annotated as plain strings.
@@ -21,9 +22,17 @@ CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("Autoguidance", "condition"): ("cond", "uncond"),
 }
 
-#: What the cards begin with: for models of noise levels, and for those of tokens, which have none.
-FIRST: Mapping[bool, tuple[str, ...]] = {
-    True: (
+_TOKENS = (
+    NONE,
+    "CFG(3.0)",
+    "Interval(CFG(3.0), 0.0, 0.5, unit='fraction')",
+    "CFG(8.0)",
+    "Adaptive(CFG(3.0), threshold=0.995)",
+    "Scheduled(CFG(3.0), shape='lambda')",
+)
+#: What the cards begin with, for each kind of model; those of tokens have no noise levels.
+FIRST: Mapping[Kind, tuple[str, ...]] = {
+    "diffusion": (
         NONE,
         "CFG(3.0)",
         "Interval(APG(8.0), 0.28, 5.42)",
@@ -31,14 +40,8 @@ FIRST: Mapping[bool, tuple[str, ...]] = {
         "Adaptive(CFG(3.0), threshold=0.995, measure='x0')",
         "Scheduled(CFG(3.0), shape='lambda')",
     ),
-    False: (
-        NONE,
-        "CFG(3.0)",
-        "Interval(CFG(3.0), 0.0, 0.5, unit='fraction')",
-        "CFG(8.0)",
-        "Adaptive(CFG(3.0), threshold=0.995)",
-        "Scheduled(CFG(3.0), shape='lambda')",
-    ),
+    "next-token": _TOKENS,
+    "next-scale": _TOKENS,
 }
 
 ControlKind = Literal["number", "whole", "check", "choice", "name", "guidance", "text"]
@@ -66,10 +69,9 @@ def methods() -> list[str]:
     return [NONE, *sorted(name for name in registry() if name != NoGuidance.__name__)]
 
 
-def fitting(text: str, diffusion: bool) -> str:
-    """What a card begins with, for another kind of model; any other expression as it is."""
-    others = FIRST[not diffusion]
-    return FIRST[diffusion][others.index(text)] if text in others else text
+def fitting(text: str, kind: Kind) -> str:
+    """``text``; but if cards of another kind of model begin with it, what those of this kind begin with in its place."""
+    return next((FIRST[kind][row.index(text)] for row in FIRST.values() if text in row), text)
 
 
 def about(method: str) -> str:
@@ -180,6 +182,16 @@ def _lines(doc: str) -> dict[str, str]:
 
 
 __all__ = [
-    *("FIRST", "NONE", "Control", "about", "assemble", "controls"),
-    *("example", "expression", "fitting", "method_of", "methods", "values"),
+    "FIRST",
+    "NONE",
+    "Control",
+    "about",
+    "assemble",
+    "controls",
+    "example",
+    "expression",
+    "fitting",
+    "method_of",
+    "methods",
+    "values",
 ]

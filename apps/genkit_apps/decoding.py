@@ -130,9 +130,7 @@ def draw(
         job.emit(Event("preview" if images else "progress", part.index + 1, part.total, images, text))
         live.shown += time.perf_counter() - begun
 
-    what: dict[str, Any] = {"prompt": list(request.prompts)} if request.prompts else {"classes": list(request.classes)}
-    if drafted is not None:
-        what["speculative"] = drafted
+    what: dict[str, Any] = request.conditions if drafted is None else {**request.conditions, "speculative": drafted}
     live.started = time.perf_counter()
     out = pipe(**what, seeds=list(request.seeds), guidance=guidance, temperature=temperature, callback=seen)
     counts = tuple(live.counts)

@@ -15,10 +15,8 @@ from genkit.samplers.autoregressive.guided import check_logits
 from genkit_apps.cards import expression
 from genkit_apps.jobs import Event, Job
 from genkit_apps.limits import Limits, Refused
-from genkit_apps.models import Model, Models
+from genkit_apps.models import BRIDGE, Model, Models
 
-#: The sampler of a diffusers pipeline that is its own scheduler.
-BRIDGE = "bridge"
 #: Seconds between two previews, and between two notes of progress: a browser needs time to show them.
 PREVIEW, PROGRESS = 0.4, 0.2
 #: Previews are made no oftener than so many times what the last one took, as those of large models have to be decoded.
@@ -49,6 +47,12 @@ class Request:
         """Steps of a column."""
         return self.steps if self.steps is not None else int(self.model.pipe.steps)
 
+    @property
+    def conditions(self) -> dict[str, list[Any]]:
+        """Prompts or classes, as the pipeline takes them."""
+        by_class = "class_labels" if self.model.diffusers else "classes"
+        return {"prompt": list(self.prompts)} if self.prompts else {by_class: list(self.classes)}
+
     def name(self, k: int) -> str:
         """What image k shows, for people."""
         return self.prompts[k] if self.prompts else self.model.class_label(self.classes[k])
@@ -62,7 +66,7 @@ class Column:
         guidance: as an expression.
         nfe: network rows spent on each image.
         calls: forward passes.
-        seconds: the column took.
+        seconds: the column took, without previews.
     """
 
     guidance: str
@@ -144,24 +148,25 @@ def generate(request: Request, guidance: Guidance, job: Job, before: int, total:
         Refused: it took longer than the limits allow.
         ValueError: the model cannot have this guidance.
     """
-    started, told, cost = time.perf_counter(), 0.0, 0.0
+    started, told, cost, spent = time.perf_counter(), 0.0, 0.0, 0.0
 
     def tell(info: Any, images: Callable[[], Sequence[Image]]) -> None:
+        nonlocal told, cost, spent
         job.check()
         if time.perf_counter() - started > limits.seconds:
             raise Refused("steps", f"stopped after {limits.seconds:.0f} seconds; ask for fewer steps or images")
-        nonlocal told, cost
         place, now = before + min(info.index + 1, request.total), time.perf_counter()
         if job.due(max(PREVIEW, PREVIEW_SHARE * cost)):
             pictures = tuple(images())
             cost = time.perf_counter() - now
+            spent += cost
             job.emit(Event("preview", place, total, pictures, label))
         elif now - told > PROGRESS:
             told = now
             job.emit(Event("progress", place, total, (), label))
 
     out = call(request, guidance, tell)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - spent
     return Column(expression(guidance), tuple(out.images), tuple(int(n) for n in out.nfe), int(out.calls), seconds)
 
 
@@ -180,9 +185,8 @@ def call(
         trace: as in the pipelines.
         largest: pixels of these images.
     """
-    model, by_class = request.model, "class_labels" if request.model.diffusers else "classes"
-    given: dict[str, Any] = {"prompt": list(request.prompts)} if request.prompts else {by_class: list(request.classes)}
-    given |= {"seeds": list(request.seeds), "guidance": guidance, "trace": trace}
+    model = request.model
+    given: dict[str, Any] = {**request.conditions, "seeds": list(request.seeds), "guidance": guidance, "trace": trace}
     if model.kind != "diffusion":
         return model.pipe(**given, callback=lambda part: tell(part, lambda: part.images))
     given |= {"sampler": request.sampler, "num_inference_steps" if model.diffusers else "steps": request.steps}
@@ -219,4 +223,4 @@ def _check_models(guidance: Guidance, model: Model, name: str) -> None:
             raise Refused(name, f"{kind} needs a model {wanted!r}, which {model.name} does not have; it has {there}")
 
 
-__all__ = ["BRIDGE", "Asked", "Column", "Request", "check_guidance", "generate", "in_short"]
+__all__ = ["Asked", "Column", "Request", "call", "check_guidance", "generate", "in_short"]

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 from genkit.pipelines import load
 from genkit.pipelines.images import to_pil, to_uint8
 from genkit.pipelines.loading import BUILTIN
+from genkit.samplers.diffusion import SAMPLERS
 
+#: The sampler of a diffusers pipeline that is its own scheduler.
+BRIDGE = "bridge"
 Kind = Literal["diffusion", "next-token", "next-scale"]
 
 _KINDS: dict[str, Kind] = {"ClassPipeline": "diffusion", "DiffusersPipeline": "diffusion", "TokenPipeline": "next-token"}
@@ -49,6 +52,16 @@ class Model:
     def choices(self) -> list[str]:
         """What may be chosen as a class: names, or numbers where there are none; empty for models of text."""
         return list(self.class_names) or [str(k) for k in range(self.num_classes or 0)]
+
+    def choice(self) -> dict[str, Any]:
+        """What a list of classes to choose one from is drawn with; hidden for models of text."""
+        names = self.choices  # Gradio's page fails if a list is emptied while it is open
+        return {"choices": names, "value": names[7 % len(names)], "visible": True} if names else {"visible": False}
+
+    @property
+    def samplers(self) -> list[str]:
+        """Names of samplers; the pipeline's own scheduler first, where it has one."""
+        return [*([BRIDGE] if self.diffusers else []), *sorted(SAMPLERS)]
 
     def pictures(self, denoised: Tensor, largest: int | None = None) -> list[Image]:
         """What a diffusion model believed at a step, ``denoised`` (B, ...) in its own space, as images.
@@ -146,4 +159,4 @@ def _classes(pipe: Any) -> tuple[tuple[str, ...], int | None]:
     return (), max(labels.values(), default=999) + 1
 
 
-__all__ = ["Kind", "Model", "Models"]
+__all__ = ["BRIDGE", "Kind", "Model", "Models"]

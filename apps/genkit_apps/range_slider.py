@@ -100,8 +100,9 @@ for (const v of props.ticks) {
 }
 // Its own values come back late on a busy machine, when the ends may have moved on.
 watch('value', () => {
-  const value = String(props.value);
-  if (value === String(now) || Date.now() - sent.get(value) < 10000) return;
+  const value = String(props.value), own = Date.now() - sent.get(value) < 10000;
+  sent.delete(value);  // it comes once: after that, somebody has typed it
+  if (own || value === String(now)) return;
   sent.clear(); clearTimeout(waiting); take(props.value);
 });
 take(props.value);

@@ -17,8 +17,8 @@ from genkit_apps.jobs import Event, Job
 from genkit_apps.limits import Limits, Refused
 from genkit_apps.plots import Traced, steps_of, trajectory
 
-#: Pixels along the longer side of a preview; larger ones are reduced, as all of them are kept.
-LARGEST = 256
+#: Pixels along the longer side of a preview, and of all of them together; larger ones are reduced, as all of them are kept.
+LARGEST, KEPT = 256, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Trajectory:
         previews: the clean image that each step believed in.
         image: the result.
         nfe: network rows spent.
-        seconds: the image took, previews included.
+        seconds: the image took, without previews.
         plots: of the rows.
         band: noise levels in which the guidance acts, where it says so.
     """
@@ -54,19 +54,23 @@ def follow(request: Request, guidance: Guidance, job: Job, limits: Limits) -> Tr
         Refused: it took longer than the limits allow.
         ValueError: the model cannot have this guidance, or diverged.
     """
-    previews, started = list[Image](), time.perf_counter()
+    previews, started, spent = list[Image](), time.perf_counter(), 0.0
+    largest = min(LARGEST, int((KEPT / request.total) ** 0.5))
 
     def seen(info: StepInfo, images: Callable[[], Sequence[Image]]) -> None:
+        nonlocal spent
         job.check()
         if time.perf_counter() - started > limits.seconds:
             raise Refused("steps", f"stopped after {limits.seconds:.0f} seconds; ask for fewer steps")
+        begun = time.perf_counter()
         previews.append(images()[0])
+        spent += time.perf_counter() - begun
         place = (info.index + 1, request.total)
         text = f"sigma {info.sigma:.3g}"
         job.emit(Event("preview", *place, (previews[-1],), text) if job.due() else Event("progress", *place, (), text))
 
-    out = call(request, guidance, seen, "full", LARGEST)
-    seconds, rows = time.perf_counter() - started, tuple(steps_of(out.trace.rows))
+    out = call(request, guidance, seen, "full", largest)
+    seconds, rows = time.perf_counter() - started - spent, tuple(steps_of(out.trace.rows))
     made = (rows, tuple(previews), out.images[0], int(out.nfe[0]), seconds)
     return Trajectory(expression(guidance), *made, trajectory(rows), band(guidance))
 

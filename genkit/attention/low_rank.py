@@ -80,9 +80,9 @@ def error_bound(score: float, degree: int, spread: float = 1.0, square: float | 
         ValueError: a negative score, or degree below 1.
     """
     _check_degree(degree)
-    if not score >= 0:
+    if score < 0:
         raise ValueError(f"score={score} is the largest of absolute values: give 0 or more")
-    if score > 50:
+    if not score <= 50:  # or NaN, of a network that diverged
         return math.inf
     tail = math.fsum(score ** (j - 2) / math.factorial(j) for j in range(degree + 1, degree + 160))
     share = tail * (score**2 if square is None else square)

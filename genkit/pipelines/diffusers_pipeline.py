@@ -188,7 +188,10 @@ class DiffusersPipeline(Compiling):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Latents (B, C, h, w) as images: ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W) in [0, 1].
+        """Latents (B, C, h, w) as images, as a call returns them: safety checker and watermark act here, too.
+
+        Args:
+            output_type: ``"pil"``, ``"np"`` (B, H, W, C) or ``"pt"`` (B, C, H, W) in [0, 1]; ``"latent"`` returns the latents.
 
         Raises:
             ValueError: they are not finite, or an unknown output type.

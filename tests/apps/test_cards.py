@@ -1,9 +1,12 @@
 """Cards: every registered guidance goes through its controls, and through its text, unchanged."""
 
+from itertools import product
+
 import pytest
 from genkit_apps import cards
 from genkit_apps.card_view import start
 from genkit_apps.limits import Limits
+from genkit_apps.models import Models
 
 from genkit.guidance import CFG, NoGuidance, parse, registry
 from genkit.guidance.base import arguments
@@ -38,16 +41,16 @@ def test_every_method_has_a_card(method):
 @pytest.mark.parametrize("name", BUILTIN)
 def test_what_cards_begin_with_works_on_each_kind_of_model(name):
     pipe = load(name)
-    diffusion = "next" not in name
-    more = {"steps": 8} if diffusion else {}
-    nfe = [sum(pipe(classes=[3], seeds=[0], guidance=text, **more).nfe) for text in cards.FIRST[diffusion]]
+    kind = Models().kind(name)
+    more = {"steps": 8} if kind == "diffusion" else {}
+    nfe = [sum(pipe(classes=[3], seeds=[0], guidance=text, **more).nfe) for text in cards.FIRST[kind]]
     assert all(nfe[0] < n for n in nfe[1:])  # each of the others guides
 
 
 def test_what_cards_begin_with_follows_the_kind_of_model():
-    for diffusion in (True, False):
-        assert tuple(cards.fitting(text, diffusion) for text in cards.FIRST[not diffusion]) == cards.FIRST[diffusion]
-        assert cards.fitting("CFG(4.5)", diffusion) == "CFG(4.5)"
+    for kind, other in product(cards.FIRST, cards.FIRST):
+        assert tuple(cards.fitting(text, kind) for text in cards.FIRST[other]) == cards.FIRST[kind]
+        assert cards.fitting("CFG(4.5)", kind) == "CFG(4.5)"
 
 
 def test_kinds_of_controls_follow_the_annotations():

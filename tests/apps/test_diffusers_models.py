@@ -53,6 +53,8 @@ def test_every_step_is_followed(models, folders, name, sampler):
     assert len(path.previews) == len(path.rows) == len(seen) == 4
     for preview, denoised in zip(path.previews, seen, strict=True):
         assert np.array_equal(np.asarray(preview), np.asarray(model.pipe.decode(denoised)[0]))
+    last = np.asarray(path.previews[-1], int) - np.asarray(path.image, int)
+    assert abs(last).max() <= 1  # the last step ends at what it believed
     assert path.nfe == want.nfe[0] == sum(row["rows"] for row in path.rows)
     assert all(row["cosine"] is not None for row in path.rows)
     assert path.plots.marked("what it shows", (0.28, 5.42), at=path.rows[0]["sigma"]).startswith("<img")
@@ -87,7 +89,8 @@ def test_previews_of_models_that_decode_slowly_are_few(models, folders, monkeypa
     watch = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
     for module in (generation, jobs):
         monkeypatch.setattr(module, "time", watch)
-    list(compare(planned.request, planned.guidances, Limits(seconds=1e9)))
+    *_, end = compare(planned.request, planned.guidances, Limits(seconds=1e9))
+    assert end.columns[0].seconds == pytest.approx(6.0)  # of the model alone
     assert len(made) == 1 + int(60 * 0.1 // PREVIEW_SHARE)
 
 
@@ -101,9 +104,9 @@ def test_over_the_api(models, folders):
             api_name="/trajectory",
         )  # fmt: skip
         assert len(out["previews"]) == len(out["trace"]) == 3
-        label, prompt, sampler = client.predict(folders["dit"], api_name="/trajectory_model")
+        label, prompt, sampler, *_ = client.predict(folders["dit"], api_name="/trajectory_model")
         assert (label["visible"], prompt["visible"], sampler["value"]) == (True, False, BRIDGE)
-        label, prompt, _ = client.predict(folders["sd15"], api_name="/trajectory_model")
+        label, prompt, *_ = client.predict(folders["sd15"], api_name="/trajectory_model")
         assert (label["visible"], prompt["visible"]) == (False, True)
         ask = {"model": folders["sd15"], "prompt": "a fox", "sampler": BRIDGE, "steps": 2, "seeds": "4"}
         out = client.predict(**ask, guidances=["none", "CFG(2.0)"], api_name="/compare")

@@ -124,11 +124,11 @@ def test_what_an_event_raises_is_told_without_its_inside(error, words, streams):
     def plain():
         raise error
 
-    def stream():
+    def several():
         yield 1
         raise error
 
     with pytest.raises(gr.Error, match=words) as told:
-        list(guarded(stream)()) if streams else guarded(plain)()
+        list(guarded(several)()) if streams else guarded(plain)()
     assert "KeyError" not in str(told.value)
     assert not told.value.print_exception

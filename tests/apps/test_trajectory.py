@@ -149,6 +149,14 @@ def test_the_slider_shows_steps_without_running_the_model(client, models):
     assert 0 < ran == len(calls)
 
 
+def test_one_step_has_no_slider(client):
+    status, *_, step, _, _ = run(client, steps=1)[:6]
+    assert "1 steps" in status
+    assert not step["visible"]
+    assert "Step 1 of 1" in client.predict(1, "CFG(3.0)", api_name="/trajectory_step")[1]
+    assert run(client, steps=2)[3]["visible"]
+
+
 def test_the_endpoint_for_programs(client, models):
     want = models.get("builtin/cifar10").pipe([7], [5], "CFG(2.0)", steps=2, trace="full")
     out = client.predict("builtin/cifar10", "horse", "5", "CFG(2.0)", "heun", 2, api_name="/trajectory")

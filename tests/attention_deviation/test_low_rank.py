@@ -161,6 +161,15 @@ def test_break_even_and_errors() -> None:
         error_bound(-1.0, 1)
 
 
+def test_what_a_network_that_diverged_gives_comes_out_as_it_would_otherwise() -> None:
+    q, k, v = draw(0, 1.0)
+    q[0, 0, 3, 1] = math.nan
+    assert error_bound(math.nan, 1) == math.inf
+    found = low_rank_attention(q, k, v)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v), equal_nan=True)
+    assert found[0, 0, 3].isnan().all()
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     q, k, v = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 6)
     assert low_rank_attention(q, k, v).shape == (2, 4, 3, 6)

@@ -334,6 +334,20 @@ def test_callback_sees_and_changes_what_it_does_in_diffusers(scheduler: Any, sam
     assert distance(out.images, wanted.images) < 1e-5
 
 
+@pytest.mark.parametrize("sampler", ["bridge", "heun"])
+def test_callback_of_the_loop_sees_what_the_network_believes(own: DiffusersPipeline, sampler: str) -> None:
+    seen: list[Any] = []
+    out = own(**TEXT, guidance=3.0, sampler=sampler, callback=lambda info, result: seen.append((info.index, result)))
+    assert [index for index, _ in seen] == [0, 1, 2, 3] == [row["step"] for row in out.trace.rows if row["stage"] == "step"]
+    shown = own.decode(seen[-1][1].denoised, "np")
+    wanted = own(**TEXT, guidance=3.0, sampler=sampler, output_type="np").images
+    np.testing.assert_allclose(shown, wanted, atol=1e-4)
+    with pytest.raises(ValueError, match="output_type='jpg'"):
+        own.decode(seen[-1][1].denoised, "jpg")
+    with pytest.raises(ValueError, match="NaN"):
+        own.decode(seen[-1][1].denoised * np.nan)
+
+
 def test_callback_can_end_the_run(own: DiffusersPipeline) -> None:
     def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> None:
         pipe._interrupt = step == 1

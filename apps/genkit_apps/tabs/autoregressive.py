@@ -215,10 +215,10 @@ class _Tab:
     def choose(self, name: str) -> list[Any]:
         """The controls that a model has."""
         model = self.app.models.get(name)
-        choices, text, by_token = model.choices, model.num_classes is None, model.kind == "next-token"
+        text, by_token = model.num_classes is None, model.kind == "next-token"
         side = _side(model.pipe.steps) if by_token else 8
         return [
-            gr.update(choices=choices, value=choices[7 % len(choices)] if choices else None, visible=not text),
+            gr.update(**model.choice()),
             gr.update(visible=text),
             gr.update(value=by_token, visible=by_token),
             gr.update(visible=by_token, value=_map(Live(), side)),

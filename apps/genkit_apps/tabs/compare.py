@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from genkit.samplers.diffusion import SAMPLERS
 from genkit_apps import cards, jobs
 from genkit_apps.app import Context
 from genkit_apps.board import board
 from genkit_apps.bundle import numbered, snippet, write_bundle
 from genkit_apps.card_view import Card, card, updates
 from genkit_apps.comparison import as_plain, compare, plan
-from genkit_apps.generation import BRIDGE, Asked, Column, Request
+from genkit_apps.generation import Asked, Column, Request
 from genkit_apps.ui import AT_ONCE, MODEL_WORK, REDRAW, api_note, guarded, note, problem, progress, shown
 
 TITLE = "Compare"
@@ -75,7 +74,7 @@ def build(app: Context) -> None:
     settings = _settings(app)
     count = gr.State(SHOWN)
     with gr.Row(elem_classes="gk-cards"):
-        first = cards.FIRST[_diffusion(app, app.models.names[0])]
+        first = cards.FIRST[app.models.kind(app.models.names[0])]
         made = [card("compare", k + 1, first[k] if k < SHOWN else None, app.limits) for k in range(app.limits.columns)]
     with gr.Row(elem_classes="gk-actions"):
         generate = gr.Button("Generate", variant="primary", elem_id="compare-generate", min_width=160, scale=3)
@@ -98,9 +97,9 @@ def build(app: Context) -> None:
             trigger_mode="always_last",
             api_name="compare_view",
         )
-    settings.model.change(
-        guarded(lambda name: _fitting(app, name)), settings.model, settings.inputs[1:], **AT_ONCE, api_name="compare_model"
-    )
+    follow = guarded(lambda name: _fitting(app, name))
+    places = [*settings.inputs[1:], *settings.problems.values()]
+    settings.model.change(follow, settings.model, places, **AT_ONCE, api_name="compare_model")
     gr.api(_endpoint(app), api_name="compare", concurrency_id="model", concurrency_limit=1)
     api_note("The whole comparison is one call; it can be iterated over for progress, and cancelled.", API, "compare-api")
 
@@ -117,7 +116,12 @@ def _settings(app: Context) -> Settings:
         with gr.Column(min_width=220, scale=2):
             place("model", gr.Dropdown(list(app.models.names), value=first.name, label="Model", elem_id="compare-model"))
         with gr.Column(min_width=260, scale=3):
-            place("classes", gr.Dropdown(multiselect=True, label="Classes", elem_id="compare-classes", **fitting["classes"]))
+            place(
+                "classes",
+                gr.Dropdown(
+                    multiselect=True, allow_custom_value=True, label="Classes", elem_id="compare-classes", **fitting["classes"]
+                ),
+            )
             place("prompt", gr.Textbox("", label="Prompt", elem_id="compare-prompt", lines=1, max_lines=4, **fitting["prompt"]))
         with gr.Column(min_width=120, scale=1):
             place("seeds", gr.Textbox("0-1", label="Seeds", placeholder="0, 1, 5-8", elem_id="compare-seeds"))
@@ -148,55 +152,53 @@ def _outcome() -> Outcome:
 def _fields_of(app: Context, name: str) -> dict[str, dict[str, Any]]:
     """What the fields offer for a model."""
     model = app.models.get(name)
-    diffusion, texts = model.kind == "diffusion", model.num_classes is None
-    names = model.choices
+    diffusion, names = model.kind == "diffusion", model.choices
     first = [names[k] for k in (1, 7) if k < len(names)] or names[:1]
-    samplers = [BRIDGE, *SAMPLERS] if model.diffusers else list(SAMPLERS)
+    sampler = model.samplers[0] if model.diffusers else "dpmpp_2m"
     return {
-        "classes": {"choices": names, "value": first, "visible": not texts},
-        "prompt": {"visible": texts},
-        "sampler": {"choices": samplers, "value": BRIDGE if model.diffusers else "dpmpp_2m", "visible": diffusion},
+        "classes": {**model.choice(), **({"value": first} if names else {})},
+        "prompt": {"visible": model.num_classes is None},
+        "sampler": {"choices": model.samplers, "value": sampler, "visible": diffusion},
         "steps": {"visible": diffusion},
     }
 
 
 def _fitting(app: Context, name: str) -> list[Any]:
+    """The fields as a model has them, without messages."""
     fields = _fields_of(app, name)
-    return [gr.update(**fields.get(key, {})) for key in FIELDS[1:]]
-
-
-def _diffusion(app: Context, name: str) -> bool:
-    return app.models.kind(name) == "diffusion"
+    return [*(gr.update(**fields.get(key, {})) for key in FIELDS[1:]), *[shown("")] * len(FIELDS)]
 
 
 def _arrange(app: Context, made: Sequence[Card], count: gr.State, add: gr.Button, model: gr.Dropdown) -> None:
     """Add and remove cards: the others move up. What nobody has edited follows the kind of the model."""
 
-    def updated(texts: Sequence[str]) -> list[Any]:
-        every: list[str | None] = [*texts, *[None] * (len(made) - len(texts))]
+    def fit(name: str, texts: Sequence[str]) -> list[str]:
+        return [cards.fitting(text, app.models.kind(name)) for text in texts]
+
+    def updated(name: str, texts: Sequence[str]) -> list[Any]:
+        every: list[str | None] = [*fit(name, texts), *[None] * (len(made) - len(texts))]
         return [len(texts), *(update for text in every for update in updates(text, app.limits))]
 
     def one_more(name: str, number: int, *texts: str) -> list[Any]:
-        new = [*texts[:number], *cards.FIRST[_diffusion(app, name)][number : number + 1]]
-        return updated(new[: len(made)])
+        new = [*texts[:number], *cards.FIRST[app.models.kind(name)][number : number + 1]]
+        return updated(name, new[: len(made)])
 
     def follow(name: str, *texts: str) -> list[Any]:
-        fit = [cards.fitting(text, _diffusion(app, name)) for text in texts]
-        kept = [gr.skip()] * len(made[0].outputs)
-        return [u for old, new in zip(texts, fit, strict=True) for u in (kept if old == new else updates(new, app.limits))]
+        kept, pairs = [gr.skip()] * len(made[0].outputs), zip(texts, fit(name, texts), strict=True)
+        return [update for old, new in pairs for update in (kept if old == new else updates(new, app.limits))]
 
     def without(k: int) -> Any:
-        def remove(number: int, *texts: str) -> list[Any]:
+        def remove(name: str, number: int, *texts: str) -> list[Any]:
             kept = [text for j, text in enumerate(texts[:number]) if j != k]
-            return updated(kept if len(kept) >= 2 else texts[:number])
+            return updated(name, kept if len(kept) >= 2 else texts[:number])
 
         return remove
 
     expressions, places = [c.expression for c in made], [o for c in made for o in c.outputs]
-    inputs, outputs = [count, *expressions], [count, *places]
+    inputs, outputs = [model, count, *expressions], [count, *places]
     name = "compare_follow"
     model.change(guarded(follow), [model, *expressions], places, **REDRAW, api_name=name, api_visibility="undocumented")
-    add.click(guarded(one_more), [model, *inputs], outputs, **REDRAW, api_name="compare_add", api_visibility="undocumented")
+    add.click(guarded(one_more), inputs, outputs, **REDRAW, api_name="compare_add", api_visibility="undocumented")
     for k, one in enumerate(made):
         name = f"compare_remove_{k + 1}"
         one.remove.click(guarded(without(k)), inputs, outputs, **REDRAW, api_name=name, api_visibility="undocumented")
@@ -291,7 +293,7 @@ def _cancel(request: gr.Request) -> str:
 
 def _endpoint(app: Context) -> Any:
     """The function of the API: the last value is the result, those before it say how far it is."""
-    first = list(cards.FIRST[_diffusion(app, app.models.names[0])][:SHOWN])
+    first = list(cards.FIRST[app.models.kind(app.models.names[0])][:SHOWN])
 
     def api(
         model: str = app.models.names[0],

@@ -10,12 +10,11 @@ import gradio as gr
 from PIL.Image import Image
 
 from genkit.guidance import Guidance
-from genkit.samplers.diffusion import SAMPLERS
 from genkit_apps import jobs, plots
 from genkit_apps.app import Context
 from genkit_apps.cards import expression
 from genkit_apps.fields import Fields
-from genkit_apps.generation import BRIDGE, Asked, Request, check_guidance
+from genkit_apps.generation import Asked, Request, check_guidance
 from genkit_apps.limits import Refused
 from genkit_apps.range_slider import range_slider
 from genkit_apps.trajectories import Trajectory, band, follow, limited
@@ -121,7 +120,7 @@ class _Tab:
                 api_name=name, **AT_ONCE,
             )  # fmt: skip
         self.model.change(
-            guarded(self.choose), self.model, [self.label, self.prompt, self.sampler],
+            guarded(self.choose), self.model, [self.label, self.prompt, self.sampler, *self.fields.outputs],
             api_name="trajectory_model", api_visibility="undocumented", **AT_ONCE,
         )  # fmt: skip
 
@@ -142,7 +141,7 @@ class _Tab:
         except jobs.Cancelled:
             yield [note("Cancelled."), *rest, *self.fields.told()]
         except ValueError as error:
-            yield [note(""), *rest, *self.fields.told(_refused(error))]
+            yield [note("Stopped: see the message."), *rest, *self.fields.told(_refused(error))]
 
     def checked(self, asked: Asked, guidance: Any) -> tuple[Request, Guidance]:
         """The request of one image, and its guidance. Raises Refused."""
@@ -199,7 +198,7 @@ class _Tab:
     def done(self, path: Trajectory) -> list[Any]:
         count = len(path.previews)
         status = note(f"{path.guidance}: {path.nfe} network evaluations, {count} steps, {path.seconds:.2f} s")
-        step = gr.update(value=1, maximum=count)
+        step = gr.update(value=1, maximum=max(count, 2), visible=count > 1)  # Gradio refuses a slider of one value
         preview, told, plot = self.look(1, path, path.guidance)
         final = plots.picture(path.image, "Result", f"Result with {path.guidance}")
         return [status, preview, final, step, told, plot, path]
@@ -244,17 +243,15 @@ class _Tab:
     def fitting(self, name: str) -> dict[str, dict[str, Any]]:
         """What the fields offer for a model."""
         model = self.app.models.get(name)
-        names, text = model.choices, model.num_classes is None
-        samplers = [*([BRIDGE] if model.diffusers else []), *sorted(SAMPLERS)]
         return {
-            "label": {"choices": names, "value": names[7 % len(names)] if names else None, "visible": not text},
-            "prompt": {"visible": text},
-            "sampler": {"choices": samplers, "value": BRIDGE if model.diffusers else "heun"},
+            "label": model.choice(),
+            "prompt": {"visible": model.num_classes is None},
+            "sampler": {"choices": model.samplers, "value": model.samplers[0] if model.diffusers else "heun"},
         }
 
     def choose(self, model: str) -> list[Any]:
-        """The controls that a model has."""
-        return [gr.update(**options) for options in self.fitting(model).values()]
+        """The controls that a model has, without messages."""
+        return [*(gr.update(**options) for options in self.fitting(model).values()), *self.fields.told()]
 
 
 def _plot(path: Trajectory | None, place: int = 0, ends: tuple[float, float] | None = None, pending: bool = False) -> str:
