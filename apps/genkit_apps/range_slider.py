@@ -71,11 +71,10 @@ function take(value) {
   if (Array.isArray(value) && value.length === 2 && value.every(v => Number.isFinite(Number(v)))) now = value.map(Number);
   show();
 }
-const sent = new Map();  // to the time
-let waiting;
+let waiting, count = 0;
 function commit() {  // arrow keys come in bursts
   clearTimeout(waiting);
-  waiting = setTimeout(() => { sent.set(String(now), Date.now()); props.value = [...now]; trigger('release'); }, 250);
+  waiting = setTimeout(() => { props.value = [...now, ++count]; trigger('release'); }, 250);
 }
 for (const [input, own] of [[low, 0], [high, 1]]) {
   input.addEventListener('input', () => {
@@ -98,12 +97,10 @@ for (const v of props.ticks) {
   tick.textContent = v; tick.style.left = `${100 * (1 - place(v) / N)}%`;
   ticks.append(tick);
 }
-// Its own values come back late on a busy machine, when the ends may have moved on.
+// Its own values, which have a third entry, come back late on a busy machine, when the ends may have moved on.
 watch('value', () => {
-  const value = String(props.value), own = Date.now() - sent.get(value) < 10000;
-  sent.delete(value);  // it comes once: after that, somebody has typed it
-  if (own || value === String(now)) return;
-  sent.clear(); clearTimeout(waiting); take(props.value);
+  if (props.value?.length === 3) return;
+  clearTimeout(waiting); take(props.value);
 });
 take(props.value);
 """
@@ -120,6 +117,8 @@ def range_slider(
 ) -> gr.HTML:
     """Two thumbs for ``[low, high]``, large levels on the left. ``.release(...)`` tells that the user has moved one.
 
+    The value is then ``[low, high, count]``: the third entry marks what the thumbs themselves have set.
+
     It is no subclass: of those Gradio writes an interface file beside the source when they are imported.
 
     Args:
@@ -131,7 +130,7 @@ def range_slider(
     """
     shape: dict[str, Any] = {"html_template": _HTML, "css_template": _CSS, "js_on_load": _JS, "apply_default_css": False}
     found = gr.HTML(list(value), label=label, **shape, min=minimum, max=maximum, ticks=list(ticks), **more)
-    found.api_info = lambda: {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+    found.api_info = lambda: {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3}
     found.example_payload = found.example_value = lambda: list(value)
     return found
 

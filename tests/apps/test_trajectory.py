@@ -151,7 +151,7 @@ def test_the_slider_shows_steps_without_running_the_model(client, models):
 
 def test_one_step_has_no_slider(client):
     status, *_, step, _, _ = run(client, steps=1)[:6]
-    assert "1 steps" in status
+    assert "1 step," in status
     assert not step["visible"]
     assert "Step 1 of 1" in client.predict(1, "CFG(3.0)", api_name="/trajectory_step")[1]
     assert run(client, steps=2)[3]["visible"]

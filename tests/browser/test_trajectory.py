@@ -65,6 +65,19 @@ def test_the_interval_follows_an_expression_that_is_typed(visit: Open) -> None:
     expect(page.locator("#trajectory-interval").get_by_label("lower end", exact=True)).to_have_value("1")
 
 
+def test_what_is_typed_counts_even_if_the_slider_was_there_before(visit: Open) -> None:
+    page = visit("Trajectory")
+    expression = page.locator("#trajectory-guidance").get_by_role("textbox")
+    upper = page.locator("#trajectory-interval").get_by_label("upper end", exact=True)
+    for level in ("7", "9"):
+        upper.fill(level)
+        upper.press("Enter")
+        expect(expression).to_have_value(re.compile(rf", {level}(\.0)?\)$"))
+    expression.fill("Interval(CFG(3.0), 0.28, 7.0)")
+    expression.press("Enter")
+    expect(upper).to_have_value("7")
+
+
 def test_a_run_shows_every_step(visit: Open) -> None:
     page = visit("Trajectory")
     steps = page.locator("#trajectory-steps").get_by_role("spinbutton")

@@ -197,7 +197,9 @@ class _Tab:
 
     def done(self, path: Trajectory) -> list[Any]:
         count = len(path.previews)
-        status = note(f"{path.guidance}: {path.nfe} network evaluations, {count} steps, {path.seconds:.2f} s")
+        status = note(
+            f"{path.guidance}: {path.nfe} network evaluations, {count} step{'s' if count > 1 else ''}, {path.seconds:.2f} s"
+        )
         step = gr.update(value=1, maximum=max(count, 2), visible=count > 1)  # Gradio refuses a slider of one value
         preview, told, plot = self.look(1, path, path.guidance)
         final = plots.picture(path.image, "Result", f"Result with {path.guidance}")
@@ -214,9 +216,9 @@ class _Tab:
     def move(self, ends: Any, guidance: str, step: int, path: Trajectory | None) -> list[Any]:
         """Write the guidance anew, with another interval; the band in the plots is an outline until it runs."""
         try:
-            if not isinstance(ends, list | tuple) or len(ends) != 2:
+            if not isinstance(ends, list | tuple) or len(ends) not in (2, 3):  # a third one is the slider's mark
                 raise Refused("interval", f"{str(ends)[:60]} is no interval; give [lower end, upper end]")
-            changed = limited(self.app.limits.guidance(guidance), *ends)
+            changed = limited(self.app.limits.guidance(guidance), *ends[:2])
         except Refused as error:
             return [gr.skip(), gr.skip(), *self.fields.told(error)]
         text = expression(changed)
