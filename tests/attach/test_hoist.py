@@ -270,7 +270,7 @@ def test_modulations_of_all_steps_come_of_one_product_per_block(guidance: str | 
 
 
 def test_a_label_or_a_time_that_was_not_planned() -> None:
-    network = seeded(lively, CASES["dit"].pipe.transformer.__class__.from_config(CASES["dit"].pipe.transformer.config)).eval()
+    network = another_dit()
 
     def out(t: list[float], y: list[int]) -> Tensor:
         with torch.no_grad():
@@ -294,9 +294,14 @@ def test_memory_bounds_the_tables() -> None:
     assert found.modulation.computed == 2 * (2 * 3) * 2  # twice
 
 
+def another_dit() -> Any:
+    """A network like that of the case, with weights of its own, which a test may change."""
+    network = CASES["dit"].pipe.transformer
+    return lively(seeded(type(network).from_config, network.config)).eval()
+
+
 def test_modulations_of_changed_weights_and_of_the_same_tensors() -> None:
-    case = CASES["dit"]
-    network = seeded(lively, type(case.pipe.transformer).from_config(case.pipe.transformer.config)).eval()
+    network = another_dit()
     x, t, y = randn(1, 4, 8, 8), torch.tensor([500]), torch.tensor([3])
 
     def run() -> list[Tensor]:
@@ -313,12 +318,12 @@ def test_modulations_of_changed_weights_and_of_the_same_tensors() -> None:
         plain = run()
         with hoist(network):
             got = run()
-    assert all(distance(a, b) < 1e-6 for a, b in zip(got, plain, strict=True))
+    assert all(distance(a, b) < 1e-5 for a, b in zip(got, plain, strict=True))  # one product, or one for each label
     assert min(distance(plain[0], plain[1]), distance(plain[0], plain[2])) > 1e-3
 
 
 def test_modulations_have_gradients_where_they_are_wanted() -> None:
-    network = seeded(lively, type(CASES["dit"].pipe.transformer).from_config(CASES["dit"].pipe.transformer.config)).eval()
+    network = another_dit()
     with hoist(network) as found:
         out = network(randn(1, 4, 8, 8), timestep=torch.tensor([500]), class_labels=torch.tensor([3]), return_dict=False)[0]
         out.sum().backward()
