@@ -9,9 +9,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_in_any_order() -> None:
-    """Networks that a test builds without a seed have the same weights whatever ran before it in the process."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw without a seed is the same whatever ran before in the process."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
     torch.manual_seed(0)
