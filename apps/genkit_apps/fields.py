@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from genkit_apps.limits import Refused
+from genkit_apps.limits import Limits, Refused
+from genkit_apps.models import Model
 from genkit_apps.ui import problem, shown
 
 
@@ -23,6 +25,19 @@ class Fields:
     def slot(self, name: str) -> None:
         """Put the place for messages about ``name`` here."""
         self.slots[name] = problem(f"{self.tab}-{name}-error")
+
+    def subject(self, names: Sequence[str], model: Model, limits: Limits) -> tuple[Any, Any, Any, Any]:
+        """Draw what one image is asked for by: model, class, prompt and seed, each with the place for its messages."""
+        chosen = gr.Dropdown(list(names), value=model.name, label="Model", elem_id=f"{self.tab}-model")
+        self.slot("model")
+        label = gr.Dropdown(label="Class", elem_id=f"{self.tab}-class", allow_custom_value=True, **model.choice())
+        self.slot("classes")
+        text = model.num_classes is None
+        prompt = gr.Textbox("", label="Prompt", elem_id=f"{self.tab}-prompt", max_length=limits.prompt, visible=text)
+        self.slot("prompt")
+        seed = gr.Textbox("0", label="Seed", elem_id=f"{self.tab}-seed", max_length=20)
+        self.slot("seeds")
+        return chosen, label, prompt, seed
 
     @property
     def outputs(self) -> list[gr.HTML]:

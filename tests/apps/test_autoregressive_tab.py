@@ -4,17 +4,17 @@ import re
 
 import numpy as np
 import pytest
-from genkit_apps import app, jobs, plots
+from genkit_apps import jobs, plots
 from genkit_apps.decoding import CHAIN, COPY, DRAFTS, DYNAMIC, TREE, Draft, Live, draw, two_wide
 from genkit_apps.generation import Asked
 from genkit_apps.limits import Limits, Refused
 from genkit_apps.models import Models
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from genkit.guidance import CFG
 from genkit.pipelines.speculative import Speculative
 from genkit.samplers.autoregressive.speculative import Exact, Lantern
+from tests.apps.pages import errors, served
 
 TOKEN, SCALE = "builtin/cifar10-next-token", "builtin/cifar10-next-scale"
 
@@ -114,24 +114,13 @@ def test_fields_out_of_range(models, fields, where):
 
 @pytest.fixture(scope="module")
 def client(models):
-    page = pytest.MonkeyPatch()
-    page.setattr(app, "TABS", ("autoregressive",))
-    built = app.build(models)
-    page.undo()
-    _, url, _ = app.serve(built, server_port=0, prevent_thread_lock=True)
-    yield Client(url, verbose=False)
-    built.close()
+    with served("autoregressive", models) as found:
+        yield found
 
 
 def run(client, model=TOKEN, label="horse", guidance="CFG(2.0)", temperature=1.0, on=True, budget=0.2, seed="0"):
     draft = (on, budget, 100, DRAFTS[0], 4)
     return client.predict(model, label, "", seed, guidance, temperature, *draft, api_name="/autoregressive_draw")
-
-
-def errors(values):
-    return [
-        re.sub("<[^>]*>", "", v["value"]) for v in values if isinstance(v, dict) and v.get("value") and "gk-error" in v["value"]
-    ]
 
 
 def test_drawing_over_the_api_with_and_without_drafted_tokens(client):

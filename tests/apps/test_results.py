@@ -15,9 +15,10 @@ from genkit_apps.tabs import results
 from genkit_eval import pareto
 from genkit_eval.runs import read_run
 from genkit_eval.table import metric_order
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
+
+from tests.apps.pages import errors, served
 
 SWEEP = Path(__file__).parents[2] / "docs" / "runs" / "sweep.json"
 
@@ -179,13 +180,8 @@ def test_the_table_keeps_numbers_and_escapes_text():
 
 @pytest.fixture
 def client(runs):
-    page = pytest.MonkeyPatch()
-    page.setattr(app, "TABS", ("results",))
-    built = app.build(Models(), runs=runs)
-    page.undo()
-    _, url, _ = app.serve(built, server_port=0, prevent_thread_lock=True)
-    yield Client(url, verbose=False)
-    built.close()
+    with served("results", Models(), runs) as found:
+        yield found
 
 
 def test_watching_reads_only_what_is_new(runs):
@@ -206,14 +202,6 @@ def test_watching_reads_only_what_is_new(runs):
     again = tab.again("sweeps/one", seen, "nfe", "recall")
     assert again[1].count("<tr>") == 3
     assert "Recall (higher is better) over NFE" in again[2]  # the axes stay as they were chosen
-
-
-def errors(values):
-    return [
-        re.sub("<[^>]*>", "", v["value"])
-        for v in values
-        if isinstance(v, dict) and v.get("value") and "gk-error" in str(v["value"])
-    ]
 
 
 def test_the_tab_over_the_api(client, runs):

@@ -8,17 +8,17 @@ from base64 import b64decode
 import httpx
 import numpy as np
 import pytest
-from genkit_apps import app, jobs, plots
+from genkit_apps import jobs, plots
 from genkit_apps.generation import Asked
 from genkit_apps.limits import Limits, Refused
 from genkit_apps.models import Models
 from genkit_apps.trajectories import LARGEST, band, follow, limited
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import genkit
 from genkit.guidance import CFG, Interval, parse
+from tests.apps.pages import errors, served
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +113,12 @@ def test_levels_beyond_the_axis_are_cut_off():
 
 @pytest.fixture(scope="module")
 def client(models):
-    page = pytest.MonkeyPatch()
-    page.setattr(app, "TABS", ("trajectory",))
-    built = app.build(models)
-    page.undo()
-    _, url, _ = app.serve(built, server_port=0, prevent_thread_lock=True)
-    yield Client(url, verbose=False)
-    built.close()
+    with served("trajectory", models) as found:
+        yield found
 
 
 def run(client, guidance="Interval(CFG(3.0), 0.28, 5.42)", steps=3, seed="0", sampler="heun", label="horse"):
     return client.predict("builtin/cifar10", label, "", seed, guidance, sampler, steps, api_name="/trajectory_run")
-
-
-def errors(values):
-    """Messages at fields, of what an event returns."""
-    return [
-        re.sub("<[^>]*>", "", v["value"]) for v in values if isinstance(v, dict) and v.get("value") and "gk-error" in v["value"]
-    ]
 
 
 def test_the_slider_shows_steps_without_running_the_model(client, models):

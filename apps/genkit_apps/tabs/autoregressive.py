@@ -60,20 +60,8 @@ class _Tab:
         self.names = list(app.models.of_kind("next-token", "next-scale"))
 
     def controls(self) -> None:
-        first = self.names[0]
-        self.model = gr.Dropdown(self.names, value=first, label="Model", elem_id="ar-model")
-        self.fields.slot("model")
-        model = self.app.models.get(first)
-        choices, text = model.choices, model.num_classes is None
-        self.label = gr.Dropdown(
-            choices, value=choices[7 % len(choices)] if choices else None, label="Class", elem_id="ar-class",
-            allow_custom_value=True, visible=not text,
-        )  # fmt: skip
-        self.fields.slot("classes")
-        self.prompt = gr.Textbox("", label="Prompt", elem_id="ar-prompt", max_length=self.app.limits.prompt, visible=text)
-        self.fields.slot("prompt")
-        self.seed = gr.Textbox("0", label="Seed", elem_id="ar-seed", max_length=20)
-        self.fields.slot("seeds")
+        first = self.app.models.get(self.names[0])
+        self.model, self.label, self.prompt, self.seed = self.fields.subject(self.names, first, self.app.limits)
         self.guidance = gr.Textbox(
             "CFG(3.0)", label="Guidance", info="an expression; a model tuned by CCA needs none: write none",
             elem_id="ar-guidance", max_length=self.app.limits.expression,

@@ -16,6 +16,7 @@ from genkit_apps.cards import expression
 from genkit_apps.fields import Fields
 from genkit_apps.generation import Asked, Request, check_guidance
 from genkit_apps.limits import Refused
+from genkit_apps.models import Model
 from genkit_apps.range_slider import range_slider
 from genkit_apps.trajectories import Trajectory, band, follow, limited
 from genkit_apps.ui import AT_ONCE, MODEL_WORK, api_note, beside, canceller, guarded, note, progress, work_key
@@ -57,18 +58,8 @@ class _Tab:
         self.names = list(app.models.of_kind("diffusion"))
 
     def controls(self) -> None:
-        first = self.names[0]
-        self.model = gr.Dropdown(self.names, value=first, label="Model", elem_id="trajectory-model")
-        self.fields.slot("model")
-        fit = self.fitting(first)
-        self.label = gr.Dropdown(label="Class", elem_id="trajectory-class", allow_custom_value=True, **fit["label"])
-        self.fields.slot("classes")
-        self.prompt = gr.Textbox(
-            "", label="Prompt", elem_id="trajectory-prompt", max_length=self.app.limits.prompt, **fit["prompt"]
-        )
-        self.fields.slot("prompt")
-        self.seed = gr.Textbox("0", label="Seed", elem_id="trajectory-seed", max_length=20)
-        self.fields.slot("seeds")
+        first = self.app.models.get(self.names[0])
+        self.model, self.label, self.prompt, self.seed = self.fields.subject(self.names, first, self.app.limits)
         self.guidance = gr.Textbox(
             "Interval(CFG(3.0), 0.28, 5.42)", label="Guidance", info="an expression, such as CFG(3.0) or APG(4.0)",
             elem_id="trajectory-guidance", max_length=self.app.limits.expression,
@@ -76,7 +67,7 @@ class _Tab:
         self.fields.slot("guidance")
         self.sampler = gr.Dropdown(
             label="Sampler", allow_custom_value=True, elem_id="trajectory-sampler",
-            info="a name, or an expression such as heun(churn=40)", **fit["sampler"],
+            info="a name, or an expression such as heun(churn=40)", **_samplers(first),
         )  # fmt: skip
         self.fields.slot("sampler")
         self.steps = gr.Slider(1, self.app.limits.steps, value=18, step=1, label="Steps", elem_id="trajectory-steps")
@@ -242,18 +233,15 @@ class _Tab:
         text = expression(asked)
         return _plot(path, place, band(asked), pending=path is not None and text != path.guidance)
 
-    def fitting(self, name: str) -> dict[str, dict[str, Any]]:
-        """What the fields offer for a model."""
-        model = self.app.models.get(name)
-        return {
-            "label": model.choice(),
-            "prompt": {"visible": model.num_classes is None},
-            "sampler": {"choices": model.samplers, "value": model.samplers[0] if model.diffusers else "heun"},
-        }
-
-    def choose(self, model: str) -> list[Any]:
+    def choose(self, name: str) -> list[Any]:
         """The controls that a model has, without messages."""
-        return [*(gr.update(**options) for options in self.fitting(model).values()), *self.fields.told()]
+        model = self.app.models.get(name)
+        prompt = gr.update(visible=model.num_classes is None)
+        return [gr.update(**model.choice()), prompt, gr.update(**_samplers(model)), *self.fields.told()]
+
+
+def _samplers(model: Model) -> dict[str, Any]:
+    return {"choices": model.samplers, "value": model.samplers[0] if model.diffusers else "heun"}
 
 
 def _plot(path: Trajectory | None, place: int = 0, ends: tuple[float, float] | None = None, pending: bool = False) -> str:
